@@ -77,8 +77,8 @@ _MODULES = {  # public modules, under the names that users import them by
 if not TYPE_CHECKING:  # or else a type checker takes every name, and knows the type of none
 
     def __getattr__(name: str) -> Any:
-        """Loads a public name when it is first used, so that ``ckpt --help`` stays
-        instant."""
+        """Loads a public name when it is first used,
+        so that ``ckpt --help`` stays instant."""
         if name in _NAMES:
             return getattr(_imported(_NAMES[name], name), name)
         if name in _MODULES:
@@ -86,8 +86,8 @@ if not TYPE_CHECKING:  # or else a type checker takes every name, and knows the 
         raise AttributeError(f"module 'ckpt' has no attribute {name!r}")
 
     def _imported(module: str, name: str) -> Any:
-        """The module of a public name; ``CheckpointError`` where it needs torch to be
-        there."""
+        """The module of a public name;
+        ``CheckpointError`` where it needs torch to be there."""
         try:
             return import_module(module)
         except ModuleNotFoundError as error:

@@ -56,8 +56,8 @@ def require(work: str, *libraries: str) -> None:
 
 
 def require_if_installed(work: str, library: str) -> None:
-    """``CheckpointError`` where a library that ``work`` may do without is there, and too
-    old."""
+    """``CheckpointError`` where a library that ``work`` may do without is there,
+    and too old."""
     if find_spec(library) is not None:
         require(work, library)
 

@@ -1,5 +1,5 @@
-"""The functions of ``deepspeed.utils.zero_to_fp32`` under the same names, for a script
-to import.
+"""The functions of ``deepspeed.utils.zero_to_fp32`` under the same names,
+for a script to import.
 
     from ckpt.zero_to_fp32 import load_state_dict_from_zero_checkpoint
 
@@ -137,8 +137,8 @@ def convert_zero_checkpoint_to_state_dict(
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
 ) -> None:
-    """Writes ``pytorch_model.bin`` or ``model.safetensors``, in shards with an index if
-    larger.
+    """Writes ``pytorch_model.bin`` or ``model.safetensors``,
+    in shards with an index if larger.
 
     Only these files are written, each whole or not at all, the index last; whatever else
     lies in ``output_dir`` stays. For a complete model folder: ``ckpt.convert`` or
@@ -231,8 +231,8 @@ def _require_replaceable(path: Path) -> None:
 
 
 def _place(output: Path) -> tuple[Path, str | None]:
-    """The folder to write into, which is made, and the pattern of the one file if that
-    is named."""
+    """The folder to write into, which is made,
+    and the pattern of the one file if that is named."""
     file = None
     if output.suffix in _FILES and not output.is_dir():
         file = output.name.replace("{", "{{").replace("}", "}}")
@@ -284,8 +284,8 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 def load_state_dict_from_zero_checkpoint(
     model: torch.nn.Module, checkpoint_dir: AnyPath, tag: str | None = None
 ) -> torch.nn.Module:
-    """Puts the model on the CPU and the checkpoint's weights into it, parameter by
-    parameter.
+    """Puts the model on the CPU and the checkpoint's weights into it,
+    parameter by parameter.
 
     Each is read straight into the model's own storage, in the model's own type. What
     DeepSpeed made of the model (ZeRO-3 placeholders, hooks) is undone, so that it is an

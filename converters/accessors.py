@@ -32,8 +32,8 @@ def is_number(content: object) -> TypeGuard[float]:
 
 
 def value(content: Any, kind: type[_Value], label: str) -> _Value:
-    """``content`` if it is of a type (``is_a``); else ``MalformedError`` with its
-    ``label``."""
+    """``content`` if it is of a type (``is_a``);
+    else ``MalformedError`` with its ``label``."""
     if is_a(content, kind):
         return content
     raise MalformedError(f"{label} is {reprlib.repr(content)}, expected {kind.__name__}")

@@ -1,5 +1,5 @@
-"""Element types as numpy arrays, cast with the rounding of torch: to nearest, ties to
-even.
+"""Element types as numpy arrays, cast with the rounding of torch:
+to nearest, ties to even.
 
 numpy knows no bfloat16 and no float8; ml_dtypes adds them, and casts fp32 to bf16 at
 memory speed. Types with several numbers in an element are bytes here: they are never
@@ -84,8 +84,8 @@ def convert(source: Array, target: Array) -> None:
 
 
 def overflows(source: Array, target: Array, dtype: DType) -> int:
-    """The number of finite elements of ``source`` that are infinite in ``target`` (fp16
-    or bf16)."""
+    """The number of finite elements of ``source``
+    that are infinite in ``target`` (fp16 or bf16)."""
     infinity = _INFINITY.get(dtype)
     if infinity is None or source.dtype == target.dtype:
         return 0
@@ -111,8 +111,8 @@ def differences(rounded: Array, copy: Array) -> int:
 
 
 def same_in_16_bits(values: Array, copy: Array) -> bool:
-    """Whether an fp32 copy holds numbers of a 16-bit type only, to which the values
-    round.
+    """Whether an fp32 copy holds numbers of a 16-bit type only,
+    to which the values round.
 
     So a hook of the state dict leaves them that calls ``float()`` on the model's 16-bit
     weights.
@@ -145,7 +145,7 @@ def rounded(source: Array, dtype: DType) -> Array:
 
 
 def rounds_to(master: TensorRef, copy: TensorRef) -> bool:
-    """Whether the master weights, rounded to the copy's type, are the copy. Reads both
-    now."""
+    """Whether the master weights, rounded to the copy's type,
+    are the copy. Reads both now."""
     values, expected = rounded(load(master), copy.dtype), load(copy)
     return not differences(values, expected) or same_in_16_bits(values, expected)

@@ -1,5 +1,5 @@
-"""Bytes of several tensors one after another, some of which have more runs than are
-written out.
+"""Bytes of several tensors one after another,
+some of which have more runs than are written out.
 
     vector     | - - - listed - - - | - - - - tiled - - - - | listed |
                  a norm, padding      a row-parallel weight    ...

@@ -13,8 +13,8 @@ Kind = Literal["absent", "corrupt", "incomplete", "refused", "unsupported", "out
 
 
 class CheckpointError(Exception):
-    """An error of a checkpoint: one line that says what is wrong, where, and what to
-    do.
+    """An error of a checkpoint: one line that says what is wrong, where,
+    and what to do.
 
     ``kind`` says which sort of trouble it is: ``absent`` (nothing is at the path),
     ``corrupt`` (bytes are damaged or contradict each other), ``incomplete`` (something
@@ -45,8 +45,8 @@ class CheckpointError(Exception):
 
 
 def unreadable(error: OSError, path: Path) -> CheckpointError:
-    """The error for what the system does not let be read: the file it names, or
-    ``path``."""
+    """The error for what the system does not let be read:
+    the file it names, or ``path``."""
     return CheckpointError(f"{error.filename or path}: {error.strerror}", "incomplete")
 
 

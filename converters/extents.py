@@ -105,8 +105,8 @@ class Extents(Protocol):
 
 
 class ReadInOrder:
-    """Bytes that are read run by run, in the order of the runs, in pieces of any
-    size."""
+    """Bytes that are read run by run,
+    in the order of the runs, in pieces of any size."""
 
     __slots__ = ()
 

@@ -1,5 +1,5 @@
-"""The runs of a tensor that is cut up equally among many ranks, worked out when they are
-needed.
+"""The runs of a tensor that is cut up equally among many ranks,
+worked out when they are needed.
 
     rank 0    |----- at -----|-- run --|                 the ranks' vectors, one after another
     rank 1    |----- at -----|-- run --|
@@ -34,8 +34,8 @@ class RankVectors(tuple[Extent, ...]):
         return {(0, len(self)): self}
 
     def of_ranks(self, first: int, end: int) -> Sequence[Extent]:
-        """Those of the ranks from ``first`` on; the same sequence for all who ask for
-        these."""
+        """Those of the ranks from ``first`` on;
+        the same sequence for all who ask for these."""
         part = self.parts.get((first, end))
         if part is None:
             part = self.parts[first, end] = self[first:end]

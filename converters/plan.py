@@ -1,5 +1,5 @@
-"""A conversion as plain data: every byte of the output decided before the first is
-written.
+"""A conversion as plain data:
+every byte of the output decided before the first is written.
 
     Weights  --split-->  names per shard  --safetensors / torchbin-->  Shard
     Shard    = literal bytes (headers, pickles) + placements (tensors), which cover it exactly
@@ -57,16 +57,16 @@ class Placement:
 
     @property
     def copies(self) -> tuple[TensorRef, ...]:
-        """The copies that it is compared with: its own, or those of what it is computed
-        from."""
+        """The copies that it is compared with: its own,
+        or those of what it is computed from."""
         own_copy = () if self.copy is None else (self.copy,)
         return (*own_copy, *copies(self.source))
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A file of the output. Literals and placements cover all ``nbytes`` of it, once
-    each.
+    """A file of the output.
+    Literals and placements cover all ``nbytes`` of it, once each.
 
     ``crc_slots`` are places in literals that take the CRC32 of a tensor's bytes (4
     bytes, little endian), known only when they have passed.
@@ -96,8 +96,8 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The shards, the index that names them (none for a single shard), and what proves
-    the source.
+    """The shards, the index that names them (none for a single shard),
+    and what proves the source.
 
     ``aliases`` are tied names that are not written. ``total_size`` is the bytes of all
     tensors.
@@ -130,8 +130,8 @@ class Plan:
             yield from shard.placements
 
     def digest(self) -> str:
-        """A SHA-256 of everything that decides the output's bytes, the source's CRCs
-        included.
+        """A SHA-256 of everything that decides the output's bytes,
+        the source's CRCs included.
 
         Of sources without CRCs the size and time of change stand in.
         """
@@ -158,8 +158,8 @@ class Plan:
 
 
 def output_dtype(name: str, weights: Weights, dtype: DType | None) -> DType:
-    """The type a tensor is written in, when ``dtype`` is asked for (``None``: as
-    stored).
+    """The type a tensor is written in,
+    when ``dtype`` is asked for (``None``: as stored).
 
     Parameters take the type asked for; buffers keep theirs, raised to fp32 where that is
     asked for; what is not a floating-point number, or a code of one, keeps its type.
@@ -221,8 +221,8 @@ def split(sizes: Mapping[str, int], max_shard_size: int) -> list[list[str]]:
 
 
 def joined(first: Plan | None, others: Mapping[str, Plan]) -> Plan:
-    """One plan of several, each of ``others`` in a folder of the output, without
-    indices.
+    """One plan of several,
+    each of ``others`` in a folder of the output, without indices.
 
     Their tensors are called by the folder too, since several may have the same name.
     """
@@ -297,8 +297,8 @@ def plan(
     shard: ShardOf,
     shares: bool,
 ) -> Plan:
-    """Plans files named by ``pattern``, such as ``model{suffix}.safetensors``, made by
-    ``shard``.
+    """Plans files named by ``pattern``,
+    such as ``model{suffix}.safetensors``, made by ``shard``.
 
     ``tied="keep"`` writes tied names too: again, or, where ``shares``, as the same
     bytes.

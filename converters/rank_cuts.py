@@ -58,16 +58,16 @@ class Cuts:
         return seal.hexdigest()
 
     def index(self, start: int, size: int) -> int | None:
-        """The tensor whose piece is just these bytes of a rank's vector, if there is
-        one."""
+        """The tensor whose piece is just these bytes of a rank's vector,
+        if there is one."""
         index = bisect_right(self.ends, start)
         if index == len(self.ends) or self.pieces[index] != size:
             return None
         return index if self.ends[index] - size == start else None
 
     def piece(self, index: int, rank: int, start: int, stop: int) -> Iterator[Extents]:
-        """The bytes from ``start`` to ``stop`` of a rank's piece of a tensor, padding
-        included."""
+        """The bytes from ``start`` to ``stop``
+        of a rank's piece of a tensor, padding included."""
         size, extents = self.pieces[index], self.tensors[index]
         first, end = rank * size + start, min(rank * size + stop, extents.nbytes)
         if first < end:

@@ -1,5 +1,5 @@
-"""The ``Source`` that every reader returns, whatever wrote the files: the waist on the
-way in.
+"""The ``Source`` that every reader returns,
+whatever wrote the files: the waist on the way in.
 
 A reader finds files and locates tensors; whoever converts, opens, shows or publishes
 takes a ``Source`` and knows no format. Which reader fits a path says
@@ -47,12 +47,12 @@ class SourceTopology(NamedTuple):
 
 
 class OptimizerState(Protocol):
-    """The states that the optimizer keeps for a parameter, located when they are asked
-    for."""
+    """The states that the optimizer keeps for a parameter,
+    located when they are asked for."""
 
     def __call__(self, name: str, /) -> Mapping[str, TensorRef | int | float]:
-        """Tensors of the parameter's shape (``exp_avg``), and numbers (``step``), by
-        key.
+        """Tensors of the parameter's shape (``exp_avg``),
+        and numbers (``step``), by key.
 
         ``KeyError`` if ``name`` is not trained; ``CheckpointError`` if the state of it
         cannot be told from that of others.
@@ -96,8 +96,8 @@ class Source:
 
     @property
     def stage(self) -> int | None:
-        """The ZeRO stage, 0 without ZeRO; ``None`` for other trainers and for weights
-        alone."""
+        """The ZeRO stage, 0 without ZeRO;
+        ``None`` for other trainers and for weights alone."""
         return self.topology.stage if self.topology else None
 
     @property

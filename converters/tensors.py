@@ -141,14 +141,14 @@ class TensorRef:
         return prod(self.shape) * self.dtype.itemsize
 
     def view(self, *shape: int) -> TensorRef:
-        """This tensor under another shape; ``ValueError`` if the number of elements
-        differs."""
+        """This tensor under another shape;
+        ``ValueError`` if the number of elements differs."""
         replicas = tuple(replica.view(*shape) for replica in self.replicas)
         return TensorRef(self.dtype, shape, self.extents, self.attributes, replicas)
 
     def narrow(self, start: int, length: int) -> TensorRef:
-        """``length`` elements from element ``start`` on, as a vector; ``ValueError`` if
-        outside."""
+        """``length`` elements from element ``start`` on,
+        as a vector; ``ValueError`` if outside."""
         if start < 0 or length < 0 or start + length > self.numel:
             raise ValueError(f"elements {start} to {start + length} of {self.numel}")
 
@@ -256,8 +256,8 @@ def _replica(ref: TensorRef, index: int) -> TensorRef:
 
 
 class Checksum(NamedTuple):
-    """A run of bytes and the CRC32 its file gives for it; ``None`` where the file gives
-    none."""
+    """A run of bytes and the CRC32 its file gives for it;
+    ``None`` where the file gives none."""
 
     extent: Extent
     crc32: int | None

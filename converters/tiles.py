@@ -1,5 +1,5 @@
-"""Tensors put together from boxes of others: the pieces of tensor parallelism,
-sub-parameters, experts.
+"""Tensors put together from boxes of others:
+the pieces of tensor parallelism, sub-parameters, experts.
 
     shape (4, 6)      + - - - - - - - - - - - +
                       | tile 0    | tile 1    |      a tile is a box of some source,

@@ -1,5 +1,5 @@
-"""The runs of a box in row-major order, worked out: where each lies in a tensor, and in
-a source.
+"""The runs of a box in row-major order, worked out:
+where each lies in a tensor, and in a source.
 
     tensor   | - - - | run 0 | - - - |      a box of columns: its runs lie a row of the tensor
              | - - - | run 1 | - - - |      apart, and in its source one after another
@@ -94,8 +94,8 @@ class Walk:
         return position, source_position
 
     def between(self, first: int, end: int) -> tuple[int, int]:
-        """The runs, from one number to another, with bytes from ``first`` to ``end`` of
-        the tensor."""
+        """The runs, from one number to another,
+        with bytes from ``first`` to ``end`` of the tensor."""
         if first >= end:
             return 0, 0
 
@@ -107,8 +107,8 @@ class Walk:
         return self.places(index)[0]
 
     def stretches(self, first: int, end: int) -> Iterator[Stretch]:
-        """The runs with bytes from ``first`` to ``end`` of the tensor, those in a row at
-        once."""
+        """The runs with bytes from ``first`` to ``end`` of the tensor,
+        those in a row at once."""
         inner = self.loops[-1] if self.loops else AxisStep(1, self.run, self.run)
         index, last = self.between(first, end)
         while index < last:
@@ -160,8 +160,8 @@ class Stretch:
             yield source + low, index * self.run + low, high - low
 
     def placed(self, extent: Extent, first: int) -> Iterator[Read]:
-        """Where bytes of the runs go, the first of which is byte ``first`` of all of
-        them."""
+        """Where bytes of the runs go,
+        the first of which is byte ``first`` of all of them."""
         offset, remaining = extent.offset, extent.length
         while remaining:
             index, skipped = divmod(first, self.run)

@@ -29,8 +29,8 @@ _BASE_BYTES = 40 << 20  # memory that the process takes before it moves anything
 
 
 def preview(conversion: Conversion, verify: bool, workers: int | None) -> ConversionResult:
-    """The result of a dry run: what would be read, written and needed. Sizes are
-    bytes."""
+    """The result of a dry run: what would be read,
+    written and needed. Sizes are bytes."""
     from ckpt.cli.results.conversion import ConversionResult
     from ckpt.results import FileEntry
 

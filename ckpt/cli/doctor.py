@@ -187,8 +187,8 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
 
 
 def _idle(path: Path, reasons: Sequence[str], statuses: Sequence[CheckpointStatus]) -> list[str]:
-    """Lines on why there is nothing to do; of a folder without checkpoints what lies
-    there."""
+    """Lines on why there is nothing to do;
+    of a folder without checkpoints what lies there."""
     from ckpt.runs import user_paths
     from ckpt.runs.states.status import CheckpointState
 
@@ -250,8 +250,8 @@ def _remarks(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
 
 
 def _without_latest(path: Path, outcomes: Sequence[AdoptionOutcome]) -> list[str]:
-    """A line on what comes next, where a run has committed checkpoints now and no
-    ``latest``."""
+    """A line on what comes next,
+    where a run has committed checkpoints now and no ``latest``."""
     from ckpt.runs.run import Run
     from ckpt.runs.states import listing
     from converters.words import shell_word

@@ -165,8 +165,8 @@ def push(
 
 
 def _named_dtype(dtype: str) -> str | None:
-    """The type if the user named it; ``None`` has weights that are stored sent as they
-    are."""
+    """The type if the user named it;
+    ``None`` has weights that are stored sent as they are."""
     source = click.get_current_context().get_parameter_source("dtype")
     return None if source is click.core.ParameterSource.DEFAULT else dtype
 

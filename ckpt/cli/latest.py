@@ -1,5 +1,5 @@
-"""The command ``ckpt latest``: which checkpoint a resume takes, and which newer ones
-not."""
+"""The command ``ckpt latest``:
+which checkpoint a resume takes, and which newer ones not."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def _choice(run: Run) -> Choice:
 
 
 def _best(run: Run) -> RunCheckpoint:
-    """The checkpoint that the pointer best names; ``CheckpointError`` if it is not
-    committed."""
+    """The checkpoint that the pointer best names;
+    ``CheckpointError`` if it is not committed."""
     checkpoint = run.find("best")
     if checkpoint.why is not None:
         _refuse(

@@ -136,8 +136,8 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _remark(entry: CheckpointEntry) -> str:
-    """What a reader should know of a checkpoint that no save committed, or that lacks
-    files."""
+    """What a reader should know of a checkpoint that no save committed,
+    or that lacks files."""
     parts = [entry.origin] if entry.origin else []
     is_universal = entry.origin is not None and entry.kind == "deepspeed-universal"
     if is_universal and entry.reason is not None and entry.written_by is not None:

@@ -155,8 +155,8 @@ def _aftermath(error: BaseException) -> str:
 
 
 def _fail(message: str, kind: str, *, as_json: bool) -> NoReturn:
-    """Prints one line on stderr, which is JSON where the command prints JSON, and exits
-    with 1."""
+    """Prints one line on stderr,
+    which is JSON where the command prints JSON, and exits with 1."""
     if as_json:
         from ckpt.results import SCHEMA
 

@@ -15,8 +15,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class LocalPath(click.Path):
-    """A path of this machine. A URL is an error: ``Path`` would make a folder "s3:" of
-    it."""
+    """A path of this machine. A URL is an error:
+    ``Path`` would make a folder "s3:" of it."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -140,8 +140,8 @@ def percentage(_ctx: Any, _param: Any, value: str | None) -> float | None:
 
 
 def checkpoint_of(path: Path, tag: str | None, last: bool, command: str) -> Path:
-    """The path of the checkpoint: ``path`` itself, or with ``last`` the newest of the
-    run there.
+    """The path of the checkpoint: ``path`` itself,
+    or with ``last`` the newest of the run there.
 
     Says on stderr which that is. ``CheckpointError`` for a run without ``last`` that no
     file latest leads on from; ``command`` is how the user called it, such as "ckpt

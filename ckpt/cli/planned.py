@@ -104,8 +104,8 @@ def interruption(continuation: Continuation | None) -> str:
 
 
 def unfitting(output: Output, shortage: str | None) -> Output:
-    """The output of a dry run; exit code 1, and a note, where what it plans does not
-    fit."""
+    """The output of a dry run; exit code 1,
+    and a note, where what it plans does not fit."""
     if shortage is None:
         return output
     notes = (*getattr(output.result, "notes", ()), shortage)
@@ -163,8 +163,8 @@ class _Announcer(logging.Handler):
 
 @contextmanager
 def announcements(as_json: bool) -> Iterator[None]:
-    """A block in which warnings of the library are lines on stderr; not so with
-    ``as_json``."""
+    """A block in which warnings of the library are lines on stderr;
+    not so with ``as_json``."""
     logger = logging.getLogger("ckpt")
     handler = logging.NullHandler() if as_json else _Announcer()
     handler.setLevel(logging.WARNING)

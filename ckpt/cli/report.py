@@ -1,5 +1,5 @@
-"""The report of ``ckpt show`` on a checkpoint, as a result and as lines for a
-reader."""
+"""The report of ``ckpt show`` on a checkpoint,
+as a result and as lines for a reader."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def _quantized(weights: Weights) -> QuantizedFacts | None:
 def _beside_weights(
     source: Source,
 ) -> tuple[Mapping[str, Unusual], dict[str, str] | None]:
-    """Tensors of types that no writer has, and plain values: of a file, or a model
-    alone."""
+    """Tensors of types that no writer has,
+    and plain values: of a file, or a model alone."""
     if source.topology is not None:
         return {}, None
 
@@ -223,8 +223,8 @@ def _quantized_line(facts: QuantizedFacts) -> str:
 
 
 def missing(result: ShowResult) -> list[str]:
-    """The parts that a checkpoint lacks; that it lacks nothing only where that is
-    known.
+    """The parts that a checkpoint lacks;
+    that it lacks nothing only where that is known.
 
     Of an adapter's base nothing is missed.
     """

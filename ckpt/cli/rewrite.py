@@ -1,5 +1,5 @@
-"""The commands that rewrite training states: ``reshard``, ``to-universal``,
-``from-universal``.
+"""The commands that rewrite training states:
+``reshard``, ``to-universal``, ``from-universal``.
 
 They parse, call and print.
 """

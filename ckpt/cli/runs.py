@@ -149,8 +149,8 @@ def _require_rules(has_rules: bool, others: bool, run_id: str | None) -> None:
 
 
 def _left_alone(run: Path, outcomes: Sequence[Outcome]) -> list[CheckpointStatus]:
-    """The checkpoints that no rule is about: those that are not committed, with their
-    states."""
+    """The checkpoints that no rule is about: those that are not committed,
+    with their states."""
     from ckpt.runs.states import listing, status
 
     judged_folders = {outcome.checkpoint.folder for outcome in outcomes}

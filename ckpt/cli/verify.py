@@ -68,8 +68,8 @@ def verify(path: Path, data: bool, percent: float | None, seed: int | None, as_j
 
 
 def _with_values(verdicts: list[Verdict], title: str) -> list[Verdict]:
-    """The verdicts, and of weights that lie beside states whether they have the same
-    values."""
+    """The verdicts,
+    and of weights that lie beside states whether they have the same values."""
     from ckpt.runs.upkeep import stored_weights
 
     comparisons = [stored_weights.plans(verdict) for verdict in verdicts]
@@ -82,8 +82,8 @@ def _with_values(verdicts: list[Verdict], title: str) -> list[Verdict]:
 
 
 def _depth(data: bool, percent: float | None, seed: int | None) -> Depth:
-    """How much is to be read; a sample without a seed gets one, which is printed with
-    it."""
+    """How much is to be read; a sample without a seed gets one,
+    which is printed with it."""
     from random import SystemRandom
 
     from ckpt.runs.states.verification import Depth

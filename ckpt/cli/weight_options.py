@@ -1,5 +1,5 @@
-"""The options of ``ckpt to-fp32`` and ``ckpt push`` that say which weights, under
-which names."""
+"""The options of ``ckpt to-fp32`` and ``ckpt push`` that say which weights,
+under which names."""
 
 from __future__ import annotations
 

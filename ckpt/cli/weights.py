@@ -139,8 +139,8 @@ def to_fp32(
 
 
 def _previewed(conversion: Conversion, preview: ConversionResult | None, overwrite: bool) -> Output:
-    """The output of a dry run; ``CheckpointError`` where the real one could not be
-    made."""
+    """The output of a dry run;
+    ``CheckpointError`` where the real one could not be made."""
     from ckpt.cli import conversion as reports
     from ckpt.weights.conversion import convert
 

@@ -70,8 +70,8 @@ def _is_configured() -> bool:
 
 
 def _rank() -> int:
-    """This process among all ranks, before there is a process group by what its launcher
-    says."""
+    """This process among all ranks,
+    before there is a process group by what its launcher says."""
     dist = sys.modules.get("torch.distributed")  # without torch there is one process
     if dist is not None and dist.is_available() and dist.is_initialized():
         return int(dist.get_rank())

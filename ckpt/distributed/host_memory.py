@@ -17,8 +17,8 @@ _V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def budget(requested_budget: str | int | None) -> int:
-    """A budget in bytes; without one, this rank's part of half the memory that is
-    available."""
+    """A budget in bytes;
+    without one, this rank's part of half the memory that is available."""
     if requested_budget is None:
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         node_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or world_size
@@ -50,8 +50,8 @@ def allowed(
     groups_file: Path = Path("/proc/self/cgroup"),
     mount_point: Path = Path("/sys/fs/cgroup"),
 ) -> Iterator[int]:
-    """The bytes that each control group of this process leaves it; page cache counts as
-    free.
+    """The bytes that each control group of this process leaves it;
+    page cache counts as free.
 
     Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
     """
@@ -78,8 +78,8 @@ def allowed(
 
 
 def _number(path: Path) -> int | None:
-    """The number that is all of a file; ``None`` where there is another text, or no
-    file."""
+    """The number that is all of a file; ``None`` where there is another text,
+    or no file."""
     text = "".join(_lines(path)).strip()
     return int(text) if text.isdecimal() else None
 

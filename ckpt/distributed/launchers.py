@@ -1,5 +1,5 @@
-"""The launcher of the ranks, and what it makes of signals: found in the environment and
-in /proc.
+"""The launcher of the ranks,
+and what it makes of signals: found in the environment and in /proc.
 
 Measured with the launchers themselves (``tests/training/test_launchers.py``) and read in
 their sources:
@@ -36,8 +36,8 @@ class LauncherProcess:
     began: str = ""
 
     def alive(self) -> bool:
-        """Whether the process still runs; one that has ended and was not waited for does
-        not."""
+        """Whether the process still runs;
+        one that has ended and was not waited for does not."""
         state = _state(self.pid)
         return state is not None and state.began == self.began and state.letter not in "ZX"
 
@@ -53,8 +53,8 @@ class LauncherProcess:
 
 @dataclass(frozen=True, slots=True)
 class Launcher:
-    """A launcher of the ranks of a node. ``name`` is empty where nothing known starts
-    them.
+    """A launcher of the ranks of a node.
+    ``name`` is empty where nothing known starts them.
 
     ``passes``: the signals that reach the ranks through it. ``grace``: seconds from
     such a signal until it kills the ranks, ``None`` if it does not. ``processes``:
@@ -87,8 +87,8 @@ class Launcher:
         return is_passed and signal not in HANDLED.split(",")
 
     def ended(self) -> LauncherProcess | None:
-        """A process of the launcher that has ended; then nobody waits for the ranks any
-        more."""
+        """A process of the launcher that has ended;
+        then nobody waits for the ranks any more."""
         return next((process for process in self.processes if not process.alive()), None)
 
     def remedy(self) -> str:
@@ -106,8 +106,8 @@ class Launcher:
         return "; PET_SHUTDOWN_TIMEOUT=300 in the environment gives more time" * self.elastic
 
     def announcement(self, signals: Sequence[str]) -> tuple[str, bool]:
-        """A line on what the launcher will do, and whether something in it needs the
-        user."""
+        """A line on what the launcher will do,
+        and whether something in it needs the user."""
         fatal_signals = [signal for signal in signals if signal not in self.passes]
         if self.elastic:
             grace = f"{self.grace:g} s" if self.grace is not None else "some time"
@@ -249,8 +249,8 @@ def _is_accelerate(process: LauncherProcess) -> bool:
 
 
 def _grace(environment: Mapping[str, str], agent: LauncherProcess | None) -> float:
-    """Seconds between torchrun's signal and SIGKILL: option, its variables, or the
-    default."""
+    """Seconds between torchrun's signal and SIGKILL: option, its variables,
+    or the default."""
     arguments = agent.arguments if agent else ()
     for index, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")

@@ -1,5 +1,5 @@
-"""Ranks of a node that take turns to load, where memory does not suffice for all at
-once.
+"""Ranks of a node that take turns to load,
+where memory does not suffice for all at once.
 
 Files that cannot be mapped are read whole. So each node has as many places as fit into
 its memory: a rank takes one before it reads the first of them, and gives it back when
@@ -43,8 +43,8 @@ class LoadSlot:
     has_ended: bool = field(default=False, init=False)
 
     def begin(self) -> None:
-        """Waits for this rank's turn, once. ``CheckpointError`` if there is too little
-        memory yet.
+        """Waits for this rank's turn, once.
+        ``CheckpointError`` if there is too little memory yet.
 
         Or if another rank failed, or is gone.
         """
@@ -77,8 +77,8 @@ _ADVICE = (
 
 
 def node_memory(requested_budget: str | int | None) -> int:
-    """The memory that a node's ranks may take, in bytes: what was given, or is
-    available."""
+    """The memory that a node's ranks may take,
+    in bytes: what was given, or is available."""
     return available() if requested_budget is None else max(1, budget(requested_budget))
 
 
@@ -107,6 +107,6 @@ def slot_count(folder: Path, needs: Sequence[Need], available_bytes: int) -> int
 
 
 def predecessors(node_ranks: Sequence[int], slots: int) -> Mapping[int, int]:
-    """The rank that each of a node's ranks waits for: the one that is ``slots`` before
-    it."""
+    """The rank that each of a node's ranks waits for:
+    the one that is ``slots`` before it."""
     return dict(zip(node_ranks[slots:], node_ranks, strict=False))

@@ -1,5 +1,5 @@
-"""The store that ranks speak through, moved from the launcher's process to that of rank
-0."""
+"""The store that ranks speak through,
+moved from the launcher's process to that of rank 0."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PARTING = 5.0  # seconds that rank 0 stays for ranks that may still read
 
 
 def move_to_rank_0(ranks: RankGroup) -> None:
-    """Has rank 0 hold the store, from the next ``RankGroup`` on, in place of the
-    launcher.
+    """Has rank 0 hold the store,
+    from the next ``RankGroup`` on, in place of the launcher.
 
     Every rank calls it. Where some rank cannot reach rank 0, all stay with the
     launcher's, and a warning says so.

@@ -109,8 +109,8 @@ class RankGroup:
         self.store.set(f"{self.call}/{word}/{self.rank}", "")
 
     def wait_for(self, word: str, rank: int) -> None:
-        """Waits until another rank has said a word; raises if a rank failed or it is
-        absent."""
+        """Waits until another rank has said a word;
+        raises if a rank failed or it is absent."""
         self.wait(self._until({rank: f"{self.call}/{word}/{rank}"}))
 
     def grace(self, seconds: float = 2.0) -> None:
@@ -174,8 +174,8 @@ class RankGroup:
         return ReportedFailure(f"{self.what} failed on {message}", kind)
 
     def meeting(self, value: Json) -> Meeting:
-        """The end of a step, in pieces: yields the keys it waits for as long as it
-        waits.
+        """The end of a step,
+        in pieces: yields the keys it waits for as long as it waits.
 
         Whoever cannot wait takes one ``next`` now and then; ``wait`` goes through to
         the end.
@@ -259,8 +259,8 @@ class RankGroup:
 
 @contextmanager
 def alive(ranks: RankGroup) -> Iterator[None]:
-    """Shows the others that this rank is at work, in a block that may outlast their
-    patience."""
+    """Shows the others that this rank is at work,
+    in a block that may outlast their patience."""
     ended = Event()
 
     def beat() -> None:

@@ -1,5 +1,5 @@
-"""The values that a rank brings to a step and gets of it, and how long a rank may be
-silent.
+"""The values that a rank brings to a step and gets of it,
+and how long a rank may be silent.
 
 Without torch, so that a call that may be made of one process or of many needs it only
 where there are many.
@@ -16,8 +16,8 @@ Json = Any
 
 @dataclass(slots=True)
 class Step:
-    """``value`` is what this rank brings, ``heard`` what it got: rank 0 all values,
-    others its."""
+    """``value`` is what this rank brings,
+    ``heard`` what it got: rank 0 all values, others its."""
 
     value: Json = None
     heard: list[Json] = field(default_factory=list)

@@ -1,5 +1,5 @@
-"""The store that the ranks speak through: that of the process group, or one that rank 0
-holds.
+"""The store that the ranks speak through:
+that of the process group, or one that rank 0 holds.
 
 torchrun and ``accelerate launch`` keep the group's store in their own process
 (``TORCHELASTIC_USE_AGENT_STORE``; torch 2.13

@@ -144,8 +144,8 @@ def missing(root: Path | None = None, optional: bool = False) -> list[Attribute]
 
 
 def require() -> None:
-    """``CheckpointError`` unless the installed DeepSpeed has every attribute that is
-    needed."""
+    """``CheckpointError`` unless the installed
+    DeepSpeed has every attribute that is needed."""
     if lacks := missing():
         names = ", ".join(map(str, lacks[:5]))
         and_more = f" and {len(lacks) - 5} more" if len(lacks) > 5 else ""
@@ -183,8 +183,8 @@ def _names_by_class(path: Path) -> dict[str, set[str]]:
 
 
 def _definitions(owner: ast.ClassDef) -> Iterator[str]:
-    """Methods, fields, and whatever the class assigns to an attribute, its own or
-    another's."""
+    """Methods, fields,
+    and whatever the class assigns to an attribute, its own or another's."""
     for node in ast.walk(owner):
         if isinstance(node, ast.FunctionDef):
             yield node.name

@@ -87,8 +87,8 @@ Writer = TypeVar("Writer", bound=CapturingEngine)
 
 
 class WritingEngine(CapturingEngine):
-    """States on disk when ``save`` returns, under their final names; ``files`` has the
-    digests."""
+    """States on disk when ``save`` returns,
+    under their final names; ``files`` has the digests."""
 
     def __init__(self, original: Any):
         super().__init__(original)

@@ -1,5 +1,5 @@
-"""The state that an optimizer will keep once it has made a step, worked out before it
-makes one.
+"""The state that an optimizer will keep once it has made a step,
+worked out before it makes one.
 
 Most optimizers make their state in the first step: Adam two values for each element,
 SGD one if it has momentum, Adafactor a row and a column. Until then ``state_dict()``
@@ -38,8 +38,8 @@ KEPT = (
 
 @contextmanager
 def stepped(optimizer: Any) -> Iterator[list[torch.Tensor]]:
-    """In this block ``optimizer``, DeepSpeed's or torch's, has the state that it will
-    have.
+    """In this block ``optimizer``, DeepSpeed's or torch's,
+    has the state that it will have.
 
     Yields the tensors of that state which have no bytes yet. An optimizer that has
     state already keeps that; after the block all is as before.
@@ -71,8 +71,8 @@ def stepped(optimizer: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def state_of(inner_optimizer: Any, group: dict[str, Any], param: torch.Tensor) -> State:
-    """The state of a parameter after a step, its tensors on "meta"; empty if that is not
-    known."""
+    """The state of a parameter after a step,
+    its tensors on "meta"; empty if that is not known."""
     kind = type(inner_optimizer)
     module_name = f"{inspect.unwrap(kind.step).__module__}."
 
@@ -86,8 +86,8 @@ def state_of(inner_optimizer: Any, group: dict[str, Any], param: torch.Tensor) -
 
 
 def growth(inner_optimizer: Any) -> float:
-    """Bytes of a large parameter and its state after a step, for each byte of the
-    parameter."""
+    """Bytes of a large parameter and its state after a step,
+    for each byte of the parameter."""
     param = torch.empty(1 << 20, device="meta")
     state = state_of(inner_optimizer, inner_optimizer.param_groups[0], param)
     tensors = (value for value in state.values() if torch.is_tensor(value))
@@ -97,8 +97,8 @@ def growth(inner_optimizer: Any) -> float:
 def _parameters(
     optimizer: Any, inner_optimizer: Any
 ) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
-    """Each parameter that the step will see, with its group. ZeRO-3 hands them over one
-    by one."""
+    """Each parameter that the step will see,
+    with its group. ZeRO-3 hands them over one by one."""
     flat_groups = getattr(optimizer, "fp32_partitioned_groups_flat", None)
     if flat_groups is not None:
         group_indices = optimizer.sub_group_to_group_id
@@ -120,8 +120,8 @@ def _copy_of(
     group: dict[str, Any],
     placeholder: torch.Tensor,
 ) -> Any:
-    """The optimizer with this parameter alone, no state, and nobody who is told of its
-    steps."""
+    """The optimizer with this parameter alone, no state,
+    and nobody who is told of its steps."""
     copy = object.__new__(type(inner_optimizer))
     copy.__dict__.update(inner_optimizer.__dict__)
     for name in [name for name in copy.__dict__ if name.endswith("_hooks")]:

@@ -1,5 +1,5 @@
-"""The tensors of a running DeepSpeed training: names, shapes and types, the same on
-every rank.
+"""The tensors of a running DeepSpeed training:
+names, shapes and types, the same on every rank.
 
 Source: DeepSpeed 0.19.8 ``runtime/engine.py``, ``runtime/zero/stage_1_and_2.py``
 (shapes of what ``engine.offload_states`` took away) and ``partition_parameters.py``
@@ -144,8 +144,8 @@ def inventory(
 
 
 def _renamed(model_inventory: Inventory, wishes: Naming) -> Inventory:
-    """The inventory with the names that ``wishes`` give, of the tensors that they
-    choose."""
+    """The inventory with the names that ``wishes`` give,
+    of the tensors that they choose."""
     weights = model_inventory.weights
     renamed = naming.wished(weights, wishes)
     model_names = {id(ref): name for name, ref in weights.tensors.items()}
@@ -207,8 +207,8 @@ def _marked(weights: Weights) -> Weights:
 def _refs(
     engine: EngineView, parameters: Mapping[str, Any], buffers: Mapping[str, torch.Tensor]
 ) -> dict[str, TensorRef]:
-    """The type and shape of each tensor of this rank, as it were without ZeRO's
-    partitions."""
+    """The type and shape of each tensor of this rank,
+    as it were without ZeRO's partitions."""
     shapes = _shapes(engine)
     refs: dict[str, TensorRef] = {}
     for name, parameter in parameters.items():
@@ -308,8 +308,8 @@ def _tensor_ref(name: str, torch_dtype: torch.dtype, shape: Sequence[int]) -> Te
 
 
 def config_of(module: Any) -> Any:
-    """A copy of a Hugging Face model's configuration that names its class; ``None``
-    without one.
+    """A copy of a Hugging Face model's configuration that names its class;
+    ``None`` without one.
 
     ``None`` for PEFT too: its names are not those of the model that the configuration
     is of.

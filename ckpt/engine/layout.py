@@ -32,8 +32,8 @@ _EXPERT_GROUP = "ep_size_"  # then the number of ranks that the experts are deal
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """The ZeRO stage of a training, and how many ranks it has; ``degrees``: of which
-    kinds."""
+    """The ZeRO stage of a training,
+    and how many ranks it has; ``degrees``: of which kinds."""
 
     stage: int
     world_size: int
@@ -44,8 +44,8 @@ class Topology:
         return f"{counted(self.world_size, 'rank')}{self.degrees} with ZeRO stage {self.stage}"
 
     def fits(self, partitioning: Partitioning) -> bool:
-        """Whether DeepSpeed can load a checkpoint, as far as its manifest or record
-        tells."""
+        """Whether DeepSpeed can load a checkpoint,
+        as far as its manifest or record tells."""
         saved_topology = Topology(partitioning.stage or 0, partitioning.world_size or 0)
         return saved_topology.loads_as(Topology(self.stage, self.world_size))
 

@@ -41,8 +41,8 @@ def inner(engine: EngineView) -> Any:
 
 
 def algorithm(optimizer: Any) -> str:
-    """The algorithm of an optimizer, whoever implements it: the class differs with
-    offload.
+    """The algorithm of an optimizer,
+    whoever implements it: the class differs with offload.
 
     Source: DeepSpeed 0.19.8 ``ops/adam/cpu_adam.py``, ``fused_adam.py``
     (``adam_w_mode``), ``ops/lion``; torch 2.13 ``optim/adam.py``
@@ -67,8 +67,8 @@ def algorithm(optimizer: Any) -> str:
 
 
 def has_states_of(saved: str, current: str) -> bool:
-    """Whether two algorithms keep the same states, so that one could go on with the
-    other's."""
+    """Whether two algorithms keep the same states,
+    so that one could go on with the other's."""
     return saved == current or {saved, current} == {"Adam", "AdamW"}
 
 
@@ -101,8 +101,8 @@ def require_known(
     override: Collection[str],
     groups: Sequence[Mapping[str, Any]],
 ) -> None:
-    """``CheckpointError`` unless each name in ``override`` is an option of a param
-    group."""
+    """``CheckpointError`` unless each name
+    in ``override`` is an option of a param group."""
     option_names = sorted({name for group in groups for name in group} - ASIDE - {BASE})
     for name in override:
         if name not in option_names:
@@ -119,8 +119,8 @@ def require_options(
     path: str | os.PathLike[str],
     new_optimizer: str | None,
 ) -> None:
-    """``CheckpointError`` if the optimizer's state in a file has not what this optimizer
-    needs.
+    """``CheckpointError`` if the optimizer's state
+    in a file has not what this optimizer needs.
 
     For checkpoints that note no optimizer; ``state`` is what the file holds,
     ``new_optimizer`` how to begin with a new optimizer.
@@ -161,8 +161,8 @@ def _saved_groups(state: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def complete(optimizer: Any, script_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Turns a state that another class of the same algorithm saved into one of this
-    class."""
+    """Turns a state that another class
+    of the same algorithm saved into one of this class."""
     for group, options in zip(optimizer.param_groups, script_groups, strict=False):
         for name, value in options.items():
             group.setdefault(name, value)
@@ -180,8 +180,8 @@ def override(
     script_groups: Sequence[Mapping[str, Any]],
     names: Collection[str],
 ) -> None:
-    """Gives the named options back their values in ``script_groups``, from the next step
-    on."""
+    """Gives the named options back their values in ``script_groups``,
+    from the next step on."""
     for group, options in zip(optimizer.param_groups, script_groups, strict=False):
         for name in names:
             if name != LR and name in options:

@@ -48,8 +48,8 @@ class Parameter:
         return f"{self.name} ({shape_text(self.shape)})"
 
     def record(self) -> str:
-        """The line of a manifest, such as "embed.weight [20, 7]", which ``_parse``
-        reads."""
+        """The line of a manifest, such as "embed.weight [20, 7]",
+        which ``_parse`` reads."""
         return f"{self.name} {list(self.shape)}"
 
 
@@ -87,8 +87,8 @@ def _in_order(optimizer: Any) -> Iterator[tuple[int, Any]]:
 
 
 def pack(parameters: Sequence[Parameter]) -> dict[str, Any]:
-    """JSON for a manifest: a line for each parameter, by groups, packed where they are
-    many."""
+    """JSON for a manifest: a line for each parameter,
+    by groups, packed where they are many."""
     last_group = max((parameter.group for parameter in parameters), default=-1)
     groups: list[list[str]] = [[] for _ in range(1 + last_group)]
     for parameter in parameters:
@@ -143,8 +143,8 @@ def _parse(line: str, group: int) -> Parameter:
 
 
 def plain_name(name: str) -> str:
-    """A name without what wrappers put into it: torch.compile switched on is the same
-    model."""
+    """A name without what wrappers put into it:
+    torch.compile switched on is the same model."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     while name.startswith(IN_FRONT):
@@ -153,8 +153,8 @@ def plain_name(name: str) -> str:
 
 
 def new_name(name: str, renamed: Mapping[str, str]) -> str:
-    """The present name of a saved parameter; a key that ends with a dot is the front of
-    names."""
+    """The present name of a saved parameter;
+    a key that ends with a dot is the front of names."""
     if name in renamed:
         return renamed[name]
 
@@ -185,8 +185,8 @@ def difference(
     ordered: bool = True,
     grouped: bool = True,
 ) -> str | None:
-    """How the parameters of a checkpoint and of a training differ; ``None`` if they do
-    not.
+    """How the parameters of a checkpoint and of a training differ;
+    ``None`` if they do not.
 
     ``ordered``: whether their order counts; ``grouped``: whether their groups do.
     """
@@ -272,8 +272,8 @@ def require(
     path: str | os.PathLike[str],
     renamed: Mapping[str, str] | None = None,
 ) -> None:
-    """``CheckpointError`` unless the optimizer has the ``saved`` parameters, in the same
-    order.
+    """``CheckpointError`` unless the optimizer has the ``saved`` parameters,
+    in the same order.
 
     ``saved`` is ``param_shapes`` of the file ``path``, shapes by name for each group,
     or ``None``. A universal checkpoint is loaded by name.
@@ -308,8 +308,8 @@ def require(
 def rename_module(
     engine: EngineView, state: Mapping[str, Any], renamed: Mapping[str, str] | None = None
 ) -> None:
-    """Gives what a state file has by name (``module``, frozen weights) the names of the
-    engine.
+    """Gives what a state file has by name (``module``,
+    frozen weights) the names of the engine.
 
     Only where the model has no such name, but has it under another wrapper or the new
     name.

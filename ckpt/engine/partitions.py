@@ -177,8 +177,8 @@ def _stage3(optimizer: Any) -> Pieces:
 
 
 def _require_swapping(optimizer: Any) -> None:
-    """``CheckpointError`` where DeepSpeed cannot give a part back that it read from
-    NVMe."""
+    """``CheckpointError`` where DeepSpeed cannot give a part back
+    that it read from NVMe."""
     if not hasattr(optimizer, "_release_swap_buffers"):
         raise CheckpointError(
             "the optimizer is offloaded to NVMe, and its weights are read from there by "
@@ -188,8 +188,8 @@ def _require_swapping(optimizer: Any) -> None:
 
 
 def _rounded(parameter: Any, start: int, count: int) -> torch.Tensor | None:
-    """The elements as the model computes with them, unless they are swapped out or
-    scattered."""
+    """The elements as the model computes with them,
+    unless they are swapped out or scattered."""
     if hasattr(parameter, "ds_tensor"):
         shard = parameter.ds_tensor
         is_available = _available(shard) and not hasattr(shard, "ds_quant_scale")
@@ -209,8 +209,8 @@ def _available(shard: Any) -> bool:
 
 
 def _own_copy(inventory: Inventory, parameters: Mapping[str, Any]) -> Iterator[PartitionPiece]:
-    """The model's own copy: of a partitioned parameter each rank's piece, of all else
-    rank 0's."""
+    """The model's own copy:
+    of a partitioned parameter each rank's piece, of all else rank 0's."""
     gives_copies = _gives(inventory, is_copy=True)
     for name, parameter in parameters.items():
         expected = inventory.own_size(name)
@@ -235,8 +235,8 @@ def _own_copy(inventory: Inventory, parameters: Mapping[str, Any]) -> Iterator[P
 def of_whole_tensors(
     inventory: Inventory, pieces: Iterator[PartitionPiece]
 ) -> Iterator[PartitionPiece]:
-    """The pieces as those of the tensors of the whole model: what this rank gives of
-    each."""
+    """The pieces as those of the tensors of the whole model:
+    what this rank gives of each."""
     if inventory.shares is None:
         yield from pieces
         return
@@ -251,8 +251,8 @@ def of_whole_tensors(
 
 @contextmanager
 def _shard(name: str, parameter: Any) -> Iterator[torch.Tensor]:
-    """This rank's piece of a partitioned parameter, brought back from NVMe while it is
-    used."""
+    """This rank's piece of a partitioned parameter,
+    brought back from NVMe while it is used."""
     shard = parameter.ds_tensor
     if shard is None or hasattr(shard, "ds_quant_scale"):
         condition = "is kept quantized"

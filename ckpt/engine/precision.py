@@ -1,5 +1,5 @@
-"""A training that goes on in another precision than it was saved in: from the fp32
-masters.
+"""A training that goes on in another precision than it was saved in:
+from the fp32 masters.
 
 Masters and moments are the same in bf16, fp16 and fp32. What differs (DeepSpeed 0.19.8
 ``runtime/engine.py``, ``zero/stage_1_and_2.py``, ``zero/stage3.py``, ``fp16/``):
@@ -40,8 +40,8 @@ KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def of_config(config: Any) -> str | None:
-    """The precision that DeepSpeed's configuration asks for; ``None`` if it is not
-    known."""
+    """The precision that DeepSpeed's configuration asks for;
+    ``None`` if it is not known."""
     if not isinstance(config, Mapping):
         return None
 
@@ -74,8 +74,8 @@ def of_state(state: Mapping[str, Any]) -> str | None:
 
 
 def of_checkpoint(folder: Path) -> str | None:
-    """The precision of the checkpoint in the folder of a tag; ``None`` if it does not
-    say."""
+    """The precision of the checkpoint in the folder of a tag;
+    ``None`` if it does not say."""
     models = sorted(folder.glob("*mp_rank_00_model_states.pt"))
     try:
         return of_config(state_files.read(models[0]).config or None) if models else None
@@ -91,8 +91,8 @@ def of_engine(engine: EngineView) -> str:
 
 
 def saved_path(path: str) -> str:
-    """Where an optimizer file is: under its own name or, if not there, another
-    precision's."""
+    """Where an optimizer file is: under its own name or,
+    if not there, another precision's."""
     folder, name = os.path.split(path)
     if "zero_pp_rank" not in name or os.path.exists(path):
         return path
@@ -117,8 +117,8 @@ def _without_precision(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class PrecisionChange:
-    """From the ``saved`` precision to that of the ``engine``, while one checkpoint is
-    loaded.
+    """From the ``saved`` precision to that of the ``engine``,
+    while one checkpoint is loaded.
 
     ``masters``: those of an optimizer without ZeRO, kept until the module has them.
     """
@@ -163,8 +163,8 @@ class PrecisionChange:
             state["optimizer"] = self._translate_plain(saved_state, module, path)
 
     def _require_layout(self, path: str) -> None:
-        """Raises where the element size decides the layout: it pads parameters to some
-        bytes."""
+        """Raises where the element size decides the layout:
+        it pads parameters to some bytes."""
         precisions = (self.saved, self._engine_precision)
         sizes = {4 if precision == "fp32" else 2 for precision in precisions}
         engine = self.engine
@@ -228,8 +228,8 @@ class PrecisionChange:
         ]
 
     def finish(self) -> None:
-        """Gives the module the masters, rounded to the engine's precision; every rank
-        calls it.
+        """Gives the module the masters,
+        rounded to the engine's precision; every rank calls it.
 
         ``CheckpointError`` where one of its values is beyond the range of fp16.
         """
@@ -293,8 +293,8 @@ def _require_finite(module: torch.nn.Module) -> None:
 
 
 def _own_elements(parameter: Any) -> torch.Tensor:
-    """The elements that this rank holds: of a partition of stage 3, those before the
-    padding."""
+    """The elements that this rank holds:
+    of a partition of stage 3, those before the padding."""
     shard: torch.Tensor = getattr(parameter, "ds_tensor", parameter).detach()
     if not hasattr(parameter, "ds_tensor"):
         return shard

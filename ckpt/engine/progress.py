@@ -27,8 +27,8 @@ log = logging.getLogger("ckpt")
 
 
 def record(engine: EngineView, epoch: Any = None, loop: Loop = ENGINE_ALONE) -> dict[str, Any]:
-    """The entries of a manifest on a training that is saved now: ``progress``, and its
-    settings.
+    """The entries of a manifest on a training that is saved now: ``progress``,
+    and its settings.
 
     A save in the middle of gradient accumulation is warned of: what was accumulated is
     in no checkpoint of DeepSpeed.
@@ -64,8 +64,8 @@ def whole_micro_steps(
     saved_progress: Mapping[str, Any],
     batch: Mapping[str, Any],
 ) -> int | None:
-    """Where the engine's count of micro steps goes on from: the end of the last whole
-    step.
+    """Where the engine's count of micro steps goes on from:
+    the end of the last whole step.
 
     ``saved_progress`` is what a manifest says, ``batch`` a part of the settings now;
     ``None`` if the manifest says nothing of it.

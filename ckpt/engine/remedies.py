@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """The ways to go on nevertheless that a front end offers, as messages say them;
-    ``None``: nothing."""
+    """The ways to go on nevertheless that a front end offers,
+    as messages say them; ``None``: nothing."""
 
     mismatch: str = 'pass on_mismatch="warn"'
     optimizer: str | None = "pass load_optimizer_states=False"

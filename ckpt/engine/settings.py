@@ -1,5 +1,5 @@
-"""The settings of a training, as JSON for a manifest: all that a resume compares beside
-its progress.
+"""The settings of a training,
+as JSON for a manifest: all that a resume compares beside its progress.
 
     parameters   names, shapes, order and groups of those that the optimizer holds
     optimizer    class, algorithm, the options of each param group

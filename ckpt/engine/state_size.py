@@ -80,16 +80,16 @@ def _states(engine: EngineView, exclude_frozen_parameters: bool) -> dict[str, An
 
 
 def _as_saved(entry: Any) -> Any:
-    """An entry of the module's state as DeepSpeed saves it: ZeRO-3's parameters without
-    values."""
+    """An entry of the module's state as DeepSpeed saves it:
+    ZeRO-3's parameters without values."""
     if hasattr(entry, "ds_tensor"):
         return torch.empty(0, dtype=entry.dtype)
     return entry.detach() if isinstance(entry, torch.Tensor) else entry
 
 
 def _fragments(engine: EngineView) -> list[torch.Tensor]:
-    """What DeepSpeed saves of frozen parameters once more: this rank's part, in host
-    memory."""
+    """What DeepSpeed saves of frozen parameters once more: this rank's part,
+    in host memory."""
     if not internals(engine).save_non_zero_checkpoint or engine.zero_optimization_stage() < 2:
         return []
     parameters = engine.module.parameters()
@@ -103,8 +103,8 @@ def _is_in_host_memory(tensor: torch.Tensor) -> bool:
 
 
 def _swap_bytes(engine: EngineView) -> int:
-    """Bytes of the swap folder, which DeepSpeed copies into a checkpoint under NVMe
-    offload."""
+    """Bytes of the swap folder,
+    which DeepSpeed copies into a checkpoint under NVMe offload."""
     swapper = getattr(engine.optimizer, "optimizer_swapper", None)
     folder = getattr(swapper, "swap_folder", None)
     if not folder or not os.path.isdir(folder):
@@ -116,8 +116,8 @@ def _swap_bytes(engine: EngineView) -> int:
 
 
 def script_bytes(engines: Sequence[EngineView]) -> int:
-    """Bytes of DeepSpeed's recovery script, which lies beside the states of each ZeRO
-    engine."""
+    """Bytes of DeepSpeed's recovery script,
+    which lies beside the states of each ZeRO engine."""
     count = sum(as_plain(engine) is None and writes_optimizer_states(engine) for engine in engines)
     if not count:
         return 0

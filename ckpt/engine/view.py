@@ -52,16 +52,16 @@ class PlainView(EngineView, Protocol):
 
     @property
     def sharding(self) -> str:
-        """How its states are cut up, such as "FSDP2, SHARDED_STATE_DICT"; "none" if they
-        are not.
+        """How its states are cut up, such as "FSDP2,
+        SHARDED_STATE_DICT"; "none" if they are not.
 
         What is saved loads where this is the same, on any number of ranks.
         """
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The settings that DeepSpeed's configuration would have: batch, clipping,
-        precision."""
+        """The settings that DeepSpeed's configuration would have:
+        batch, clipping, precision."""
 
     def state_bytes(self) -> int:
         """Bytes of the state files that this rank will write."""
@@ -78,8 +78,8 @@ class TrainingEngine(EngineView, Protocol):
 
 
 class Internals(TrainingEngine, Protocol):
-    """The attributes that only this folder asks of DeepSpeed's engine; each name is in
-    ``attributes``."""
+    """The attributes that only this folder asks of DeepSpeed's engine;
+    each name is in ``attributes``."""
 
     checkpoint_engine: Any
     load_checkpoint: Callable[..., Any]
@@ -149,8 +149,8 @@ def step(engine: EngineView) -> int:
 
 
 def loaded_step(engine: object) -> int | None:
-    """The step of an engine that has loaded a checkpoint by itself; ``None`` of any
-    other.
+    """The step of an engine that has loaded a checkpoint by itself;
+    ``None`` of any other.
 
     Source: DeepSpeed 0.19.8 ``runtime/engine.py``: ``loaded_checkpoint_dp_world_size``
     is set by ``load_checkpoint`` alone.
@@ -177,8 +177,8 @@ def loads_universal(engine: EngineView) -> bool:
 
 
 def offloads_optimizer_to_nvme(engine: EngineView) -> bool:
-    """Whether the optimizer's state is in files on NVMe, which a checkpoint has a copy
-    of.
+    """Whether the optimizer's state is in files on NVMe,
+    which a checkpoint has a copy of.
 
     DeepSpeed before 0.16.4 has no such files in its checkpoints, and no function that
     tells.
@@ -197,8 +197,8 @@ def writes_optimizer_states(engine: EngineView) -> bool:
 
 
 def require_model_files(engine: EngineView) -> None:
-    """``CheckpointError`` if no rank with this one's shards or layers would write their
-    file.
+    """``CheckpointError`` if no rank
+    with this one's shards or layers would write their file.
 
     Where nodes have folders of their own, DeepSpeed 0.19.8 has the first rank of each
     node write its model file (``runtime/engine.py``, ``_configure_checkpointing``).

@@ -31,8 +31,8 @@ _UNOFFERED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class Lock:
-    """A lock that is held until ``release``, the end of its ``with`` block, or of the
-    object."""
+    """A lock that is held until ``release``, the end of its ``with`` block,
+    or of the object."""
 
     def __init__(self, fd: int | None = None):
         self.fd, self.owner = fd, os.getpid()
@@ -108,8 +108,8 @@ def _deletion_error(folder: Path) -> CheckpointError:
 
 
 def _manifest_of(folder: Path) -> Path | None:
-    """The manifest of a checkpoint, from its folder or its tag's (which may hold a
-    slash)."""
+    """The manifest of a checkpoint,
+    from its folder or its tag's (which may hold a slash)."""
     absolute_path = Path(os.path.abspath(folder))
     for candidate in (absolute_path, *list(absolute_path.parents)[:2]):
         if (candidate / MANIFEST).is_file():
@@ -129,8 +129,8 @@ def alone(folder: Path) -> Lock | None:
 
 
 def exclusive(locked_path: Path) -> Lock | None:
-    """The exclusive lock of a file, not waited for; ``None`` if somebody else has a lock
-    on it."""
+    """The exclusive lock of a file, not waited for;
+    ``None`` if somebody else has a lock on it."""
     try:
         fd = opening.descriptor(locked_path, os.O_RDWR)  # NFS wants it writable
     except OSError:
@@ -209,8 +209,8 @@ def in_use(folder: Path) -> bool:
 
 
 def replaced(path: Path, data: bytes) -> Lock:
-    """Writes a file over another, durably; the lock of the new one, taken before it is
-    there."""
+    """Writes a file over another, durably;
+    the lock of the new one, taken before it is there."""
     partial_path = path.with_name(f"{path.name}.partial")
     fd = opening.descriptor(partial_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     lock = Lock(fd)

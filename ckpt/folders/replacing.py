@@ -1,5 +1,5 @@
-"""A folder that gets another name: at once, or file by file where folders cannot be
-renamed.
+"""A folder that gets another name: at once,
+or file by file where folders cannot be renamed.
 
 Object stores behind FUSE answer EXDEV, EPERM or ENOTSUP to a rename of a folder,
 overlayfs EXDEV for a folder of a lower layer. There each file is moved by a rename of
@@ -89,8 +89,8 @@ def move(source: Path, target: Path) -> None:
 
 
 def renamed(source: Path, target: Path) -> bool:
-    """Whether a folder, or a link, has its new name; ``False`` if none can be renamed
-    here.
+    """Whether a folder,
+    or a link, has its new name; ``False`` if none can be renamed here.
 
     ``OSError`` for every other failure.
     """
@@ -196,8 +196,8 @@ def _move_contents(source: Path, target: Path) -> None:
 
 
 def _contents(folder: Path) -> tuple[list[str], list[str]]:
-    """Records in their order, and all other files and links, by path relative to the
-    folder."""
+    """Records in their order, and all other files and links,
+    by path relative to the folder."""
     relative_paths = []
     for parent, subfolders, filenames in os.walk(folder):
         linked_folders = [name for name in subfolders if os.path.islink(Path(parent, name))]
@@ -244,16 +244,16 @@ def _sync_tree(folder: Path) -> None:
 
 
 def remove_empty(folder: Path) -> None:
-    """Removes the folders in a folder that have no files, and the folder itself if it
-    has none."""
+    """Removes the folders in a folder that have no files,
+    and the folder itself if it has none."""
     for subfolder, _, _ in os.walk(folder, topdown=False):
         with suppress(OSError):
             os.rmdir(subfolder)
 
 
 def _discard(path: Path) -> None:
-    """Removes a folder as far as it can be, or a link: Lightning's ``last.ckpt`` may be
-    one."""
+    """Removes a folder as far as it can be,
+    or a link: Lightning's ``last.ckpt`` may be one."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     else:

@@ -40,8 +40,8 @@ def folder_for(path: Path) -> Iterator[Path]:
 
 
 def _remove_if_abandoned(folder: Path) -> None:
-    """Removes a folder whose process has ended; one without its lock file has just
-    begun."""
+    """Removes a folder whose process has ended;
+    one without its lock file has just begun."""
     lock = locks.exclusive(folder / LOCK)
     if lock is None:
         return

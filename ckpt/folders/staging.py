@@ -34,15 +34,15 @@ _ALTERNATIVE: ContextVar[str | None] = ContextVar("alternative", default=None)
 
 
 def another_folder() -> str:
-    """The remedy where an output does not fit: another folder, unless
-    ``without_choice``."""
+    """The remedy where an output does not fit:
+    another folder, unless ``without_choice``."""
     return _ALTERNATIVE.get() or f"choose another folder with {OUTPUT}"
 
 
 @contextmanager
 def without_choice(alternative: str) -> Iterator[None]:
-    """Where the user cannot name another folder: what to do instead, as words after
-    "or"."""
+    """Where the user cannot name another folder: what to do instead,
+    as words after "or"."""
     token = _ALTERNATIVE.set(alternative)
     try:
         yield
@@ -64,8 +64,8 @@ class Continuation(NamedTuple):
 
 
 def continuation(output: Path, plan: Plan) -> Continuation | None:
-    """The shards that the same plan would go on with at ``output``; ``None`` if it
-    starts over."""
+    """The shards that the same plan would go on with at ``output``;
+    ``None`` if it starts over."""
     if not output.name:
         return None  # where no folder can be made
 
@@ -122,8 +122,8 @@ def require_place(
 
 
 def _require_nobodys_place(output: Path) -> None:
-    """``CheckpointError`` where somebody works: in the working directory, or a git work
-    tree."""
+    """``CheckpointError`` where somebody works:
+    in the working directory, or a git work tree."""
     place = output.resolve()
     working_directory = Path.cwd().resolve()
     if place == working_directory or place in working_directory.parents:
@@ -182,16 +182,16 @@ def folder_of_file(output: Path) -> Path:
 
 
 def take_file(made_file: Path, output: Path) -> None:
-    """Moves a file that is whole and on disk to its place; the folder that it was made
-    in goes."""
+    """Moves a file that is whole and on disk to its place;
+    the folder that it was made in goes."""
     LOCAL.replace(made_file, output)
     shutil.rmtree(made_file.parent, ignore_errors=True)
 
 
 @contextmanager
 def as_output_error(output: Path) -> Iterator[None]:
-    """Turns an error of the system, while ``output`` is made, into a
-    ``CheckpointError``."""
+    """Turns an error of the system,
+    while ``output`` is made, into a ``CheckpointError``."""
     try:
         yield
     except OSError as error:
@@ -204,8 +204,8 @@ def as_output_error(output: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(output: Path, plan: Plan, needed_bytes: int) -> Iterator[Path]:
-    """The folder to write into, which becomes ``output`` when the block ends without an
-    error.
+    """The folder to write into,
+    which becomes ``output`` when the block ends without an error.
 
     It is locked, and empty or with whole shards of the same plan; ``needed_bytes`` in
     all will be needed. It stays behind only where the same command can go on: after an
@@ -235,8 +235,8 @@ def staged(output: Path, plan: Plan, needed_bytes: int) -> Iterator[Path]:
 
 
 def _lock(plan_file: IO[bytes], output: Path) -> None:
-    """Keeps others from the folder; ``CheckpointError`` if another conversion is at
-    work."""
+    """Keeps others from the folder;
+    ``CheckpointError`` if another conversion is at work."""
     try:
         flock.take(plan_file.fileno())
     except BlockingIOError as error:
@@ -270,8 +270,8 @@ def _has_shard(folder: Path, plan: Plan) -> bool:
 
 
 def _clear(folder: Path, kept_shards: Collection[str]) -> None:
-    """Removes all but these shards: what else an interrupted run left may be of any
-    content."""
+    """Removes all but these shards:
+    what else an interrupted run left may be of any content."""
     for parent, subfolders, filenames in os.walk(folder, topdown=False):
         for name in filenames:
             path = Path(parent, name)

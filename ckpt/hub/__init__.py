@@ -1,5 +1,5 @@
-"""Checkpoints on the Hugging Face Hub: push, pull, and pushes in the background of a
-training.
+"""Checkpoints on the Hugging Face Hub: push, pull,
+and pushes in the background of a training.
 
 push            plan, send, commit, verify;  plan  what comes and what goes
 select          which checkpoint a path means;  wholeness  whether it may be pushed

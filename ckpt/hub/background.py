@@ -1,5 +1,5 @@
-"""Pushes of committed checkpoints in the background of a training, in a process of their
-own.
+"""Pushes of committed checkpoints in the background of a training,
+in a process of their own.
 
     saver = ckpt.Saver(..., push=ckpt.Push("org/name", every=1000, dtype="bf16"))
 
@@ -130,8 +130,8 @@ class Task:
 
 
 class Pushes:
-    """The pushes of one saver; does nothing without a ``Push``, or on ranks that do not
-    commit."""
+    """The pushes of one saver; does nothing without a ``Push``,
+    or on ranks that do not commit."""
 
     def __init__(
         self,
@@ -162,8 +162,8 @@ class Pushes:
             atexit.register(self._farewell)
 
     def offer(self, tier: str, step: int, folder: Path) -> None:
-        """Locks a committed checkpoint before anything deletes it, and pushes it if it
-        is due."""
+        """Locks a committed checkpoint before anything deletes it,
+        and pushes it if it is due."""
         if not self.acts or self.push is None or tier != "full":
             return
 
@@ -207,8 +207,8 @@ class Pushes:
         self.running = task
 
     def poll(self) -> None:
-        """Says how a push that is over went, and starts the one that waits; never waits
-        itself."""
+        """Says how a push that is over went,
+        and starts the one that waits; never waits itself."""
         task = self.running
         if task is None or task.child is None or not task.child.over:
             return
@@ -244,8 +244,8 @@ class Pushes:
         task.lock.release()
 
     def leave(self) -> None:
-        """Has ``close`` not wait, as the training ends early; a running push goes on by
-        itself."""
+        """Has ``close`` not wait,
+        as the training ends early; a running push goes on by itself."""
         self.waits = False
 
     def close(self, timeout: float) -> RankGroup | None:
@@ -329,8 +329,8 @@ class Pushes:
         return commands
 
     def _farewell(self) -> None:
-        """Says at the end of the process what is unfinished, unless ``close`` has said
-        so."""
+        """Says at the end of the process what is unfinished,
+        unless ``close`` has said so."""
         self.poll()
         if not self.has_told:
             self._unfinished()

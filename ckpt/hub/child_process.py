@@ -86,8 +86,8 @@ class Child:
 
 
 def _environment() -> dict[str, str]:
-    """The environment in which the process finds this very ckpt, whatever folder it runs
-    in."""
+    """The environment in which the process finds this very ckpt,
+    whatever folder it runs in."""
     package_home = str(Path(__file__).parents[2])
     environment = dict(os.environ) | {"PYTHONSAFEPATH": "1"}
     if package_home not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):

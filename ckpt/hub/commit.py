@@ -195,8 +195,8 @@ def _find_own_commit(
     branch: str,
     change: CommitChange,
 ) -> Committed | None:
-    """The commit, if it happened though no answer said so; ``None`` if the head is still
-    there.
+    """The commit,
+    if it happened though no answer said so; ``None`` if the head is still there.
 
     ``CheckpointError`` if another one is there.
     """
@@ -213,8 +213,8 @@ def _find_own_commit(
 
 
 def require(remote: Remote, branch_files: dict[str, RemoteFile], change: CommitChange) -> None:
-    """``CheckpointError`` unless a tree holds all that was sent and nothing that was
-    deleted."""
+    """``CheckpointError`` unless a tree holds all
+    that was sent and nothing that was deleted."""
     for sent_file in change.sent_files:
         branch_file = branch_files.get(sent_file.path)
         if branch_file is None or not branch_file.is_known(

@@ -1,5 +1,5 @@
-"""The headers of safetensors files on the Hub, read back and compared with what was
-sent."""
+"""The headers of safetensors files on the Hub,
+read back and compared with what was sent."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _LARGEST = 100 << 20  # bytes of a header; safetensors itself reads no larger on
 def compare(
     api: HfApi, repo: str, landed_commit: Committed, items: Sequence[Item], place: str
 ) -> None:
-    """``CheckpointError`` unless names, types, shapes and places of all tensors are the
-    same."""
+    """``CheckpointError`` unless names, types,
+    shapes and places of all tensors are the same."""
     for item in items:
         if not item.name.endswith(".safetensors"):
             continue
@@ -56,8 +56,8 @@ def compare(
 
 
 def _text(entry: tuple[str, list[int], list[int]] | None) -> str:
-    """What the header of a file says of a tensor: its type, its shape, and where its
-    bytes are."""
+    """What the header of a file says of a tensor: its type, its shape,
+    and where its bytes are."""
     if entry is None:
         return "nothing"
 

@@ -1,5 +1,5 @@
-"""The journal of an interrupted push: the SHA-256 of each shard that passed, and its
-proof.
+"""The journal of an interrupted push:
+the SHA-256 of each shard that passed, and its proof.
 
 ~/.cache/ckpt/push/PLAN.json      ($XDG_CACHE_HOME where that is set)
   files    name, size and sha256 of the shards that were read to their end

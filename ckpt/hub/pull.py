@@ -1,5 +1,5 @@
-"""A repository, or a folder of it, as a folder here: whole and verified, or not there at
-all.
+"""A repository, or a folder of it,
+as a folder here: whole and verified, or not there at all.
 
 .DIR.partial/     beside DIR while files come; an interrupted pull goes on with those that it has
 DIR/              the same folder, renamed when every file has its digest
@@ -155,8 +155,8 @@ def execute(pull_plan: PullPlan, progress: Progress = lambda _: None) -> Pulled:
 
 
 def require_output(pull_plan: PullPlan) -> None:
-    """``CheckpointError`` where ``execute`` would refuse to make the folder; makes
-    nothing."""
+    """``CheckpointError`` where ``execute`` would refuse
+    to make the folder; makes nothing."""
     folder = pull_plan.folder.absolute()
     require_makeable(folder, pull_plan.nbytes, ANOTHER_NAME)
     require_room(folder_for(folder), pull_plan.nbytes, ANOTHER_NAME)
@@ -220,8 +220,8 @@ def _is_gits(name: str) -> bool:
 
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
-    """The folder to download into, locked; it stays behind where the same pull can go
-    on."""
+    """The folder to download into, locked;
+    it stays behind where the same pull can go on."""
     staging = folder_for(folder.absolute())
     staging.mkdir(parents=True, exist_ok=True)
     lock_path = staging / LOCK
@@ -266,8 +266,8 @@ def _is_same(path: Path, repo_file: RemoteFile) -> bool:
 
 
 def _require_same(repo: str, path: Path, repo_file: RemoteFile) -> None:
-    """``CheckpointError`` unless the file is what the Hub's list says; a wrong one is
-    removed."""
+    """``CheckpointError`` unless the file is what the Hub's list says;
+    a wrong one is removed."""
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(
             f"{repo}: {path.name} did not come; pull again",

@@ -150,8 +150,8 @@ def _commit(
 
 
 def _require_card(api: HfApi, push_plan: PushPlan) -> None:
-    """``CheckpointError`` if the Hub would refuse the model card; before anything is
-    sent."""
+    """``CheckpointError`` if the Hub would refuse the model card;
+    before anything is sent."""
     for item in push_plan.items:
         if push_plan.place + item.name == CARD:
             card_text = item.source

@@ -32,8 +32,8 @@ from converters.words import counted, shell_word
 
 @dataclass(frozen=True, slots=True)
 class PushSource:
-    """The checkpoint to push; ``remark`` says which it is, where it is the newest of a
-    run.
+    """The checkpoint to push; ``remark`` says which it is,
+    where it is the newest of a run.
 
     Of one that is not ``committed`` a user should know before it is sent.
     """
@@ -69,8 +69,8 @@ def chosen(path: Path, best: Best | None = None, full: bool = False) -> PushSour
 
 
 def _single(path: Path) -> RunCheckpoint | None:
-    """The checkpoint or model folder that a path is; ``None`` for a run with
-    checkpoints."""
+    """The checkpoint or model folder that a path is;
+    ``None`` for a run with checkpoints."""
     if path.is_dir() and not is_checkpoint(path) and not is_run(path):
         if detect(path).kind.holds_weights:
             return open_checkpoint(path)

@@ -1,5 +1,5 @@
-"""The bytes of a push on their way, each file by the way that suits it; nothing is
-committed here.
+"""The bytes of a push on their way,
+each file by the way that suits it; nothing is committed here.
 
     xet      a shard goes into hf_xet's upload stream while it is made; nothing is on disk
     lfs      a shard is read twice through the client's public API: for its SHA-256, and to be sent
@@ -123,8 +123,8 @@ def send(
 
 
 def _find_known(target: UploadTarget, item: Item, sha256: str) -> UploadedFile | None:
-    """A shard that an earlier push read, if the branch has it, or the Hub by its own
-    word."""
+    """A shard that an earlier push read,
+    if the branch has it, or the Hub by its own word."""
     branch_file = target.branch_file(item)
     if branch_file and branch_file.is_content(item.nbytes, sha256, None):
         return UploadedFile(target.place + item.name, item.nbytes, sha256, None, None, False)
@@ -191,8 +191,8 @@ def _preupload(target: UploadTarget, operations: list[CommitOperationAdd]) -> No
 
 
 def _sent_file(item: Item, operation: CommitOperationAdd) -> UploadedFile:
-    """A file whose bytes the client has taken, or holds here for the commit: then they
-    are few.
+    """A file whose bytes the client has taken,
+    or holds here for the commit: then they are few.
 
     So nothing is read when the commit is made, nor after it, where an error would come
     too late.
@@ -226,8 +226,8 @@ def _send_shard(
     folder: Path,
     progress: Progress,
 ) -> UploadedFile:
-    """A shard that must be read. ``check`` comes before the Hub has all of it, whatever
-    the way."""
+    """A shard that must be read.
+    ``check`` comes before the Hub has all of it, whatever the way."""
     from huggingface_hub import CommitOperationAdd
 
     repo_path = target.place + item.name
@@ -264,16 +264,16 @@ def _write(served: ServedShard, staged_file: Path) -> None:
 
 
 def _upload(target: UploadTarget, item: Item, operation: CommitOperationAdd) -> UploadedFile:
-    """A shard by the public API; one that the Hub wants in the commit itself is small,
-    and kept."""
+    """A shard by the public API;
+    one that the Hub wants in the commit itself is small, and kept."""
     _preupload(target, [operation])
     return _sent_file(item, operation)
 
 
 @contextlib.contextmanager
 def _staging(stage_folder: Path | None) -> Iterator[Path]:
-    """A folder of this push's own, locked, gone when it ends; those of killed pushes go
-    first."""
+    """A folder of this push's own, locked,
+    gone when it ends; those of killed pushes go first."""
     if stage_folder is None:
         yield Path()
         return
@@ -295,8 +295,8 @@ def _staging(stage_folder: Path | None) -> Iterator[Path]:
 
 
 def _new_folder(stage_folder: Path) -> tuple[Path, locks.Lock]:
-    """A new folder and its lock; one that another push took for a dead one's is made
-    again."""
+    """A new folder and its lock;
+    one that another push took for a dead one's is made again."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=STAGED, suffix=".partial", dir=stage_folder))
         lock = locks.exclusive(folder)

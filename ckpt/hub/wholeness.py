@@ -20,8 +20,8 @@ from converters.zero import weights_16bit
 
 
 def require(checkpoint: RunCheckpoint, uncommitted: bool, needs_no_optimizer: bool) -> None:
-    """``CheckpointError`` unless the checkpoint is committed, and whole as far as sizes
-    tell.
+    """``CheckpointError`` unless the checkpoint is committed,
+    and whole as far as sizes tell.
 
     Without a manifest it has to be complete (``runs.states.status``), or a folder of a
     model or an adapter; whether such a one loads is decided with what is sent of it.
@@ -60,8 +60,8 @@ def _lacks_optimizer_alone(checkpoint: RunCheckpoint) -> bool:
 
 
 def _has_16bit(folder: Path) -> bool:
-    """Whether the 16-bit weights of a checkpoint of DeepSpeed can be read, and are of
-    one save."""
+    """Whether the 16-bit weights of a checkpoint of DeepSpeed can be read,
+    and are of one save."""
     try:
         source = weights_16bit.read(folder)
         require_one_save(folder, source.place.tag)

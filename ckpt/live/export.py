@@ -107,8 +107,8 @@ class Job:
                     stack.close()
 
     def planned(self, ranks: RankGroup, max_shard_size: str | int) -> tuple[Inventory, Plan, Tied]:
-        """The tensors, their shards, and whether tied names are written; every rank
-        calls it."""
+        """The tensors, their shards,
+        and whether tied names are written; every rank calls it."""
         model_inventory = inventory(self.engine, self.wishes, ranks)
         config = config_of(self.engine.module)
         if config is not None:

@@ -29,8 +29,8 @@ def receive(
     model_inventory: Inventory,
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Fills ``tensors`` with what all other ranks send and with ``chunks``, this rank's
-    own part.
+    """Fills ``tensors`` with what all other ranks send and with ``chunks``,
+    this rank's own part.
 
     ``CheckpointError`` if an element is missing or comes twice.
     """

@@ -32,8 +32,8 @@ Run = tuple[int, int]  # the first element, the element after the last
 
 
 class WrittenRuns(TypedDict):
-    """The runs that one rank wrote: elements by name, and by file the CRC32s of runs of
-    bytes.
+    """The runs that one rank wrote: elements by name,
+    and by file the CRC32s of runs of bytes.
 
     ``shares`` are those of tensors that ranks write in rows: by file the first byte of
     the tensor, how many it has, and what this rank adds to their CRC32.

@@ -1,5 +1,5 @@
-"""A training without DeepSpeed, as the front ends see an engine: FSDP, DDP, or one
-process.
+"""A training without DeepSpeed,
+as the front ends see an engine: FSDP, DDP, or one process.
 
 engine       ``PlainEngine``: the model, the optimizer, and what is to be known of both
 sharding     how FSDP cuts up a model, and what each rank holds of it

@@ -1,5 +1,5 @@
-"""A training without DeepSpeed, as Accelerate describes it; the Trainer trains by it,
-too.
+"""A training without DeepSpeed,
+as Accelerate describes it; the Trainer trains by it, too.
 
 Source: accelerate 1.15 ``state.py: AcceleratorState``, ``utils/dataclasses.py:
 FullyShardedDataParallelPlugin``.
@@ -15,8 +15,8 @@ from ckpt.plain_torch.engine import PlainEngine
 
 
 def sharding_of(module: Any) -> str:
-    """How the states of a prepared model will be saved: "FSDP2, SHARDED_STATE_DICT", or
-    "none"."""
+    """How the states of a prepared model will be saved:
+    "FSDP2, SHARDED_STATE_DICT", or "none"."""
     version = sharding.version_of(module)
     if version is None:
         return sharding.NONE
@@ -29,8 +29,8 @@ def sharding_of(module: Any) -> str:
 
 
 def precision_settings() -> dict[str, Any]:
-    """The precision that the model computes in, under the names of DeepSpeed's
-    configuration."""
+    """The precision that the model computes in,
+    under the names of DeepSpeed's configuration."""
     from accelerate.state import AcceleratorState
 
     mode = str(AcceleratorState().mixed_precision)
@@ -40,8 +40,8 @@ def precision_settings() -> dict[str, Any]:
 def engine_of(
     module: Any, optimizer: Any, settings: Mapping[str, Any], writes: bool
 ) -> PlainEngine:
-    """The training of a model and an optimizer that are prepared, with the caller's
-    ``settings``.
+    """The training of a model and an optimizer that are prepared,
+    with the caller's ``settings``.
 
     ``writes``: whether this rank writes what is not cut up.
     """

@@ -1,5 +1,5 @@
-"""A training without DeepSpeed as what the front ends take an engine for:
-``PlainEngine``.
+"""A training without DeepSpeed
+as what the front ends take an engine for: ``PlainEngine``.
 
 It saves and loads nothing: whoever trains does. It is asked what a manifest says of a
 training, what a resume compares, and how many bytes a save will have.
@@ -70,8 +70,8 @@ class PlainEngine:
         return count_bytes(values) + _TENSOR_BYTES * len(values) + 3 * _FILE_BYTES
 
     def _optimizer_values(self) -> Iterator[Any]:
-        """The optimizer's tensors, before the first step those that it will keep after
-        it."""
+        """The optimizer's tensors,
+        before the first step those that it will keep after it."""
         inner_optimizer = optimizers.inner(self)
         with first_step.stepped(inner_optimizer) as future_values:
             states = inner_optimizer.state.values()

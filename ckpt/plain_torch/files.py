@@ -1,5 +1,5 @@
-"""The files that a training without DeepSpeed saves: whose they are, and whether states
-are there.
+"""The files that a training without DeepSpeed saves: whose they are,
+and whether states are there.
 
     optimizer.pt  model.safetensors           the Trainer with DDP or alone
     optimizer.bin  model.safetensors          Accelerate with DDP or alone
@@ -39,8 +39,8 @@ def sync_own(folder: Path, rank: int) -> dict[str, FileRecord]:
 
 
 def require_states(folder: Path) -> None:
-    """``CheckpointError`` unless an optimizer's state is in what is to be a full
-    checkpoint."""
+    """``CheckpointError`` unless an optimizer's state
+    is in what is to be a full checkpoint."""
     if not any(any(folder.glob(form)) for form in _OPTIMIZER_FORMS):
         raise CheckpointError(
             f"{folder} has no optimizer.pt, optimizer.bin or optimizer_0, where the optimizer's "

@@ -1,5 +1,5 @@
-"""Whether all ranks see the checkpoint that rank 0 offers: the same save, or the same
-files."""
+"""Whether all ranks see the checkpoint that rank 0 offers: the same save,
+or the same files."""
 
 from __future__ import annotations
 

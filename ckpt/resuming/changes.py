@@ -70,8 +70,8 @@ class Change:
 
 
 def changes(saved: Record, current: Record, request: LoadOptions) -> list[Change]:
-    """Each difference between two records; what one of them does not tell is not
-    compared."""
+    """Each difference between two records;
+    what one of them does not tell is not compared."""
     of_weights = (_parameters, _adapters)
     of_training = (_optimizer, _options, _scheduler, _batch, _other_settings)
     comparisons = (*of_weights, *(() if request.weights_alone else of_training))
@@ -188,8 +188,8 @@ def _comes_back(
     scheduled: bool,
     request: LoadOptions,
 ) -> bool:
-    """Whether an option is as it was saved after the load; rates come with a scheduler,
-    too."""
+    """Whether an option is as it was saved after the load;
+    rates come with a scheduler, too."""
     if name in (optimizers.LR, optimizers.BASE) and scheduled:
         return request.scheduler_states
     algorithms = (pair[0]["algorithm"], pair[1]["algorithm"])

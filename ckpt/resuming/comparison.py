@@ -1,5 +1,5 @@
-"""A resume that looks at what differs before the engine is touched, and gives back what
-was asked.
+"""A resume that looks at what differs before the engine is touched,
+and gives back what was asked.
 
     comparison = Comparison(source, engine, request)
     comparison.require(ranks, on_mismatch)      every rank; nothing is loaded yet
@@ -34,8 +34,8 @@ log = logging.getLogger("ckpt")
 
 
 class Comparison:
-    """Compares the notes in ``source`` with the training of ``engine``, which has not
-    loaded it.
+    """Compares the notes in ``source`` with the training of ``engine``,
+    which has not loaded it.
 
     ``script_groups``: the options of param groups that the script gave, where they are
     not those of the optimizer any more.
@@ -72,8 +72,8 @@ class Comparison:
             self.changes += _of_accumulation(self.progress, self.current)
 
     def require(self, ranks: RankGroup, on_mismatch: OnMismatch) -> None:
-        """``CheckpointError`` on every rank if what would be loaded is not this
-        training's."""
+        """``CheckpointError`` on every rank
+        if what would be loaded is not this training's."""
         with ranks.step():
             self.require_here(on_mismatch)
         if not ranks.rank:

@@ -1,5 +1,5 @@
-"""The known facts of a training before it has an engine: its ranks, and DeepSpeed's
-configuration.
+"""The known facts of a training before it has an engine: its ranks,
+and DeepSpeed's configuration.
 
 The Hugging Face Trainer and Accelerate keep the configuration where it can be asked for
 (transformers 5.23 ``integrations/deepspeed.py: deepspeed_config``, from the time its

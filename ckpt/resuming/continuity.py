@@ -1,5 +1,5 @@
-"""Whether a training that goes on stands where it was saved: what was noted then,
-compared now.
+"""Whether a training that goes on stands where it was saved:
+what was noted then, compared now.
 
 ckpt: out/checkpoint-500: step 500, tag global_step500, manifest 3f2a9c1b7d02
                     saved           now
@@ -23,8 +23,8 @@ OnMismatch = Literal["error", "warn"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One value as it was saved and as it is; ``why`` says how they differ, where that
-    counts.
+    """One value as it was saved and as it is;
+    ``why`` says how they differ, where that counts.
 
     ``differs``: they do, which was said before the load.
     """
@@ -42,8 +42,8 @@ def compare(
     configs: tuple[Any, Any] = (None, None),
     omitted_names: Sequence[str] = (),
 ) -> list[Row]:
-    """A row for each value that was noted (``progress``), without those in
-    ``omitted_names``.
+    """A row for each value that was noted (``progress``),
+    without those in ``omitted_names``.
 
     ``configs`` are DeepSpeed's as saved and as given now, where they are known: only
     differences in what is trained, and how, count. A value that this engine does not

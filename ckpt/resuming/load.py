@@ -1,5 +1,5 @@
-"""One ``engine.load_checkpoint`` that brings back all of a checkpoint, or its weights
-alone."""
+"""One ``engine.load_checkpoint`` that brings back all of a checkpoint,
+or its weights alone."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def loading(
     slot: LoadSlot | None = None,
     dropped_keys: tuple[str, ...] = (),
 ) -> Iterator[list[Mapped]]:
-    """In this block the engines load as ``options`` say, from mapped files; a reader for
-    each.
+    """In this block the engines load as ``options`` say,
+    from mapped files; a reader for each.
 
     ``slot`` was worked out for the files of the first engine. ``dropped_keys`` are taken
     out of each state.
@@ -68,8 +68,8 @@ class Load:
         self.epoch: Any = None  # the loop's own
 
     def __call__(self, strict: bool) -> dict[str, Any]:
-        """Loads; returns the client state. ``CheckpointError`` if DeepSpeed loads
-        nothing."""
+        """Loads; returns the client state.
+        ``CheckpointError`` if DeepSpeed loads nothing."""
         engine, source, request = self.engine, self.source, self.comparison.request
         dropped_names = ("random_ltd", "data_sampler") if self.module_only else ()
 

@@ -35,8 +35,8 @@ def newest(
     load_foreign: bool = False,
     committed_only: bool = False,
 ) -> RunCheckpoint | None:
-    """The newest whole checkpoint of a run, or the one that is named; every rank calls
-    it.
+    """The newest whole checkpoint of a run,
+    or the one that is named; every rank calls it.
 
     ``None`` if the run has none yet. ``CheckpointError`` on every rank for one of
     DeepSpeed, and as ``select.select_checkpoint``.
@@ -57,8 +57,8 @@ def newest(
 
 
 def require_plain(folder: Path) -> None:
-    """``CheckpointError`` for a checkpoint of DeepSpeed, of which only the weights would
-    load.
+    """``CheckpointError`` for a checkpoint of DeepSpeed,
+    of which only the weights would load.
 
     Trainers begin with a new optimizer then, without a word.
     """
@@ -75,8 +75,8 @@ def require_plain(folder: Path) -> None:
 
 
 def point_of(checkpoint: RunCheckpoint) -> ResumePoint | None:
-    """A committed checkpoint as a ``ResumePoint``; ``None`` without a manifest, which
-    notes nothing."""
+    """A committed checkpoint as a ``ResumePoint``;
+    ``None`` without a manifest, which notes nothing."""
     manifest = checkpoint.manifest
     if manifest is None:
         return None

@@ -1,5 +1,5 @@
-"""A resume that was asked for: the same on all ranks, and everything looked at before it
-begins."""
+"""A resume that was asked for: the same on all ranks,
+and everything looked at before it begins."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ log = logging.getLogger("ckpt")
 
 @dataclass(slots=True)
 class ResumeReport:
-    """The report of a resume: counters and settings as they were saved and as they
-    are."""
+    """The report of a resume:
+    counters and settings as they were saved and as they are."""
 
     rows: Sequence[continuity.Row] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumeRequest:
-    """The arguments of a front end's caller; ``ckpt.resuming.resume`` describes
-    each."""
+    """The arguments of a front end's caller;
+    ``ckpt.resuming.resume`` describes each."""
 
     ranks: RankGroup
     path: Path
@@ -67,8 +67,8 @@ class ResumeRequest:
     began_at: float = field(default_factory=time.monotonic)
 
     def require_same(self, **options: Any) -> None:
-        """``CheckpointError`` on every rank unless all ask for the same, and it is
-        known.
+        """``CheckpointError`` on every rank unless all ask for the same,
+        and it is known.
 
         ``options`` are arguments beside those here, as JSON.
         """
@@ -93,8 +93,8 @@ class ResumeRequest:
     def compare(
         self, source: ResumePoint, engine: EngineView, loop: Loop = ENGINE_ALONE
     ) -> Comparison:
-        """Compares what was saved with the training of ``engine``, which has not loaded
-        it."""
+        """Compares what was saved with the training of ``engine``,
+        which has not loaded it."""
         return Comparison(source, engine, self.options, loop=loop)
 
     @contextmanager
@@ -205,8 +205,8 @@ class ResumeRequest:
         return state, LoadSlot(self.ranks, source.folder, need.reads, predecessor)
 
     def state(self, source: ResumePoint) -> RankState:
-        """Reads what this rank saved beside the engine; ``CheckpointError`` if not all
-        comes back."""
+        """Reads what this rank saved beside the engine;
+        ``CheckpointError`` if not all comes back."""
         state = RankState.read(source, self.ranks.rank)
         losses = state.lost(self.extra)
         if state.random is None and not source.saved_by_ckpt:
@@ -219,8 +219,8 @@ class ResumeRequest:
         return state
 
     def _without_random_states(self, source: ResumePoint, losses: list[str]) -> list[str]:
-        """The losses of a checkpoint that another program wrote: no rank has its random
-        states.
+        """The losses of a checkpoint that another program wrote:
+        no rank has its random states.
 
         Rank 0 says it once, unless the front end has a file of its own that it restores.
         """
@@ -240,8 +240,8 @@ class ResumeRequest:
         source: ResumePoint,
         reports: Sequence[Any],
     ) -> dict[str, int]:
-        """Which rank each one waits for before it loads, where not all of a node can at
-        once."""
+        """Which rank each one waits for before it loads,
+        where not all of a node can at once."""
         predecessors: dict[str, int] = {}
         for node in dict.fromkeys(node for node, *_ in reports):
             loading_ranks = {
@@ -272,8 +272,8 @@ class ResumeRequest:
     def tell(
         self, source: ResumePoint, rows: Sequence[continuity.Row], mismatches: Sequence[Any]
     ) -> None:
-        """Logs the table on rank 0, and raises on all ranks if something is not as it
-        was saved.
+        """Logs the table on rank 0,
+        and raises on all ranks if something is not as it was saved.
 
         ``mismatches`` on rank 0: those of each rank.
         """
@@ -302,8 +302,8 @@ class ResumeRequest:
 
 
 def committed(ranks: RankGroup, checkpoint: RunCheckpoint) -> RunCheckpoint:
-    """The checkpoint with a manifest, given by rank 0 to one that was written without
-    ckpt.
+    """The checkpoint with a manifest,
+    given by rank 0 to one that was written without ckpt.
 
     So it is one of the run that goes on from it: retention counts it, and the next
     resume knows it. Where that cannot be, as on a disk that is only read, it stays as

@@ -102,8 +102,8 @@ def resume(
     memory: str | int | None = None,
     timeout: float = TIMEOUT,
 ) -> int:
-    """Loads a checkpoint into a training and returns its step; 0 if the run has none
-    yet.
+    """Loads a checkpoint into a training and returns its step;
+    0 if the run has none yet.
 
     ``path`` is a run, whose newest whole checkpoint is taken, or a checkpoint, which
     has to be whole.

@@ -31,8 +31,8 @@ NO_RANDOM_STATES = "it has no random states of this rank"
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """The checkpoint that is loaded. ``foreign``: without a manifest; then ``digest``
-    is empty.
+    """The checkpoint that is loaded. ``foreign``:
+    without a manifest; then ``digest`` is empty.
 
     ``folder`` holds the ``tag``; ``choice`` is the checkpoint that was chosen, which may
     be the tag itself. ``resharded``: it was made of what was asked for.
@@ -63,8 +63,8 @@ class ResumePoint:
 
     @property
     def saved_by_ckpt(self) -> bool:
-        """Whether a training saved it with ckpt; one that ``doctor --adopt`` committed
-        was not."""
+        """Whether a training saved it with ckpt;
+        one that ``doctor --adopt`` committed was not."""
         return self.manifest is not None and "torch" in self.manifest.versions
 
     def said(self, verified: str) -> str:
@@ -89,8 +89,8 @@ class ResumePoint:
 
     @classmethod
     def of(cls, run_checkpoint: RunCheckpoint, tag: str | None = None) -> ResumePoint:
-        """A checkpoint, by its manifest or its state files; raises as
-        ``detect.read``."""
+        """A checkpoint,
+        by its manifest or its state files; raises as ``detect.read``."""
         manifest = run_checkpoint.manifest
         if manifest is None:
             return cls._uncommitted(run_checkpoint, tag)
@@ -136,8 +136,8 @@ class ResumePoint:
 
 
 def _tag_of(folder: Path, manifest: Manifest) -> str:
-    """The tag that DeepSpeed loads; ``CheckpointError`` for what was saved without
-    DeepSpeed."""
+    """The tag that DeepSpeed loads;
+    ``CheckpointError`` for what was saved without DeepSpeed."""
     if manifest.tag is None:
         raise CheckpointError(
             f"{folder} was saved without DeepSpeed, which cannot load it; go on with the trainer "
@@ -164,8 +164,8 @@ class RankState:
 
     @classmethod
     def read(cls, source: ResumePoint, rank: int) -> RankState:
-        """The state that ``rank_files.write`` wrote; ``CheckpointError`` if a file is
-        damaged."""
+        """The state that ``rank_files.write`` wrote;
+        ``CheckpointError`` if a file is damaged."""
         random = source.folder / rng.NAME.format(rank)
         extra = source.folder / rank_files.EXTRA.format(rank)
         return cls(

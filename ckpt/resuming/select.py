@@ -1,5 +1,5 @@
-"""Which checkpoint a training goes on from: the newest that is whole, the same on every
-rank.
+"""Which checkpoint a training goes on from:
+the newest that is whole, the same on every rank.
 
 Rank 0 offers one after the other, the newest first (``candidates``), and every rank
 says whether it sees the same save (and, where nodes have folders of their own, its
@@ -49,8 +49,8 @@ def find(
     reshard: Reshard = None,
     timeout: float = TIMEOUT,
 ) -> str | None:
-    """The newest whole checkpoint of a run, for ``resume_from_checkpoint``; ``None``
-    without any.
+    """The newest whole checkpoint of a run,
+    for ``resume_from_checkpoint``; ``None`` without any.
 
     Whatever wrote it: ckpt, or the Trainer (with DeepSpeed, FSDP, DDP, or on one GPU),
     Accelerate, Lightning or DeepSpeed alone, in which case it has to prove that it is
@@ -236,8 +236,8 @@ def _require_shared(sight: Sight, path: Path, reason: str) -> None:
 
 
 def _require_nothing(run: Path, known_names: list[str]) -> None:
-    """``CheckpointError`` if this rank sees a checkpoint to resume from that rank 0 does
-    not."""
+    """``CheckpointError`` if this rank sees a checkpoint
+    to resume from that rank 0 does not."""
     if not run.is_dir() or (is_checkpoint(run) and not is_run(run)):
         return
 

@@ -36,8 +36,8 @@ def resume_together(
     strict: bool,
     client_state: MutableMapping[str, Any] | None = None,
 ) -> int:
-    """Resumes several engines by name, as ``ckpt.resume`` does with one; every rank
-    calls it."""
+    """Resumes several engines by name,
+    as ``ckpt.resume`` does with one; every rank calls it."""
     module_only = resume_request.options.weights_alone
     with ExitStack() as stack:
         checkpoint = _choose(resume_request, engines, stack)
@@ -148,8 +148,8 @@ def _joint_source(checkpoint: RunCheckpoint) -> ResumePoint:
 def _sources(
     checkpoint: RunCheckpoint, joint_source: ResumePoint, engines: Engines, world: int
 ) -> dict[str, ResumePoint]:
-    """The source of each engine; ``CheckpointError`` unless they are those that were
-    saved."""
+    """The source of each engine;
+    ``CheckpointError`` unless they are those that were saved."""
     assert checkpoint.manifest is not None
     _require_engines(checkpoint.folder, recorded.names(checkpoint.manifest), engines.names)
 
@@ -185,8 +185,8 @@ def _sources(
 
 
 def _require_engines(folder: Path, saved_names: Sequence[str], engine_names: Sequence[str]) -> None:
-    """``CheckpointError`` unless the engines have the names that ``folder`` was saved
-    with."""
+    """``CheckpointError`` unless the engines have the names
+    that ``folder`` was saved with."""
     if set(saved_names) == set(engine_names):
         return
 

@@ -1,5 +1,5 @@
-"""Whether a checkpoint loads on these ranks in this ZeRO stage, and what makes one that
-does.
+"""Whether a checkpoint loads on these ranks in this ZeRO stage,
+and what makes one that does.
 
 Every front end asks here, so all say the same sentence and the same ``ckpt reshard``
 command. With ``reshard="auto"`` rank 0 does what the command does, beside the
@@ -53,8 +53,8 @@ def difference(source: ResumePoint, layout: Layout) -> str:
 
 
 def refusal(source: ResumePoint, layout: Layout, alternative: str = "") -> CheckpointError:
-    """Why the checkpoint does not load as it is, and the command that makes one that
-    does.
+    """Why the checkpoint does not load as it is,
+    and the command that makes one that does.
 
     ``alternative`` is another way, which the front end has.
     """
@@ -87,8 +87,8 @@ def refusal(source: ResumePoint, layout: Layout, alternative: str = "") -> Check
 
 
 def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
-    """What to do where no command makes native files for such an engine; ``None``
-    elsewhere."""
+    """What to do where no command makes native files
+    for such an engine; ``None`` elsewhere."""
     current = layout.topology.degrees
     if current.stages > 1:
         return (
@@ -123,8 +123,8 @@ def _command(source: ResumePoint, layout: Layout) -> str:
 
 
 def _foreign_output(source: ResumePoint, layout: Layout) -> Path | None:
-    """Where one without a manifest was resharded for this layout before, if that is
-    complete.
+    """Where one without a manifest was resharded for this layout before,
+    if that is complete.
 
     Nothing says what its bytes were, so that it is taken by name alone.
     """
@@ -188,8 +188,8 @@ def loadable(
     mode: Reshard,
     alternative: str = BY_ARGUMENT,
 ) -> Path:
-    """The checkpoint to load in the place of one that was asked for: it, or what it is
-    resharded to.
+    """The checkpoint to load in the place of one that was asked for: it,
+    or what it is resharded to.
 
     For front ends that load by themselves; every rank calls it. ``CheckpointError`` for
     one that has weights only, and as ``fitting`` raises. What nobody of ours wrote and
@@ -244,8 +244,8 @@ def _earlier_output(source: ResumePoint, layout: Layout) -> Path | None:
 
 
 def require_state(checkpoint: RunCheckpoint) -> None:
-    """``CheckpointError`` for a checkpoint without state of DeepSpeed, with what can be
-    done."""
+    """``CheckpointError`` for a checkpoint without state of DeepSpeed,
+    with what can be done."""
     if checkpoint.tier == "full" or (
         checkpoint.manifest is None and _may_have_state(checkpoint.folder)
     ):
@@ -271,8 +271,8 @@ def require_state(checkpoint: RunCheckpoint) -> None:
 
 
 def _may_have_state(folder: Path) -> bool:
-    """Whether a folder without a manifest has state of DeepSpeed, or nothing that is
-    known."""
+    """Whether a folder without a manifest has state of DeepSpeed,
+    or nothing that is known."""
     patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
     if not any(any(folder.glob(pattern)) for pattern in patterns):
         return True
@@ -325,8 +325,8 @@ def _plan_rewriting(source: ResumePoint, layout: Layout) -> Rewriting:
 
 
 def _is_made_of(source: ResumePoint, rewriting: Rewriting) -> bool:
-    """Whether the planned output is there, whole, and a resharding of this source for
-    this."""
+    """Whether the planned output is there, whole,
+    and a resharding of this source for this."""
     return _is_of(source, rewriting) and open_checkpoint(rewriting.output).why is None
 
 

@@ -1,5 +1,5 @@
-"""A training of plain torch goes on from the newest whole checkpoint, on any number of
-ranks.
+"""A training of plain torch goes on from the newest whole checkpoint,
+on any number of ranks.
 
     start = ckpt.resume(model=model, optimizer=optimizer, scheduler=scheduler, run="out")
 
@@ -119,8 +119,8 @@ class TorchResume:
         return source
 
     def _shared_state(self, source: ResumePoint) -> dict[str, Any]:
-        """The state that all ranks shared beside the states: the scheduler's, and the
-        client state."""
+        """The state that all ranks shared beside the states: the scheduler's,
+        and the client state."""
         path = source.folder / TRAINING_STATE
         if source.saved_by_ckpt:
             shared_state: dict[str, Any] = plain.loads(path)
@@ -164,8 +164,8 @@ def _as_here(saved: Any, current: Any) -> Any:
 
 
 def _point(checkpoint: RunCheckpoint, world: int) -> ResumePoint:
-    """A checkpoint as a ``ResumePoint``; ``CheckpointError`` for one that is not DCP in
-    one folder."""
+    """A checkpoint as a ``ResumePoint``;
+    ``CheckpointError`` for one that is not DCP in one folder."""
     folder, manifest = checkpoint.folder, checkpoint.manifest
     if not (folder / DCP).is_file():
         detection = detect(folder)

@@ -1,5 +1,5 @@
-"""Training states rewritten: for other ranks, another stage, or in another
-format.
+"""Training states rewritten:
+for other ranks, another stage, or in another format.
 
 job               moves, proves, commits
 dcp               torch's distributed checkpoints, which FSDP loads, and back

@@ -1,5 +1,5 @@
-"""A training state that crosses between DeepSpeed and FSDP: move, prove, and commit
-last.
+"""A training state that crosses between DeepSpeed and FSDP: move, prove,
+and commit last.
 
 ``ckpt.rewrite.dcp`` decides what is written, here it is done:
 

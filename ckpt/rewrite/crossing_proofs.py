@@ -1,5 +1,5 @@
-"""The proofs of the finished files of a crossing: traced back by readers that know no
-plan."""
+"""The proofs of the finished files of a crossing:
+traced back by readers that know no plan."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from converters.zero.native.target import TargetTopology
 
 @dataclass(frozen=True, slots=True)
 class DcpProof:
-    """Of torch's files: ``folders`` has the entries of each folder by its name in the
-    output."""
+    """Of torch's files:
+    ``folders`` has the entries of each folder by its name in the output."""
 
     folders: Mapping[str, Sequence[StateEntry]]
     plan: Plan

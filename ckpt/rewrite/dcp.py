@@ -75,8 +75,8 @@ def plan_to(
     tag: str | None = None,
     tp_rules: str | os.PathLike[str] | None = None,
 ) -> Crossing:
-    """Plans a checkpoint of ZeRO or of FSDP, or weights, as a distributed checkpoint of
-    torch.
+    """Plans a checkpoint of ZeRO or of FSDP,
+    or weights, as a distributed checkpoint of torch.
 
     ``layout`` says who loads it: "plain" a script that calls ``dcp.load``, "accelerate"
     the Trainer and Accelerate with FSDP, "torchtitan" that. ``files`` is how many hold
@@ -134,8 +134,8 @@ def plan_from(
     buffer: Collection[str] = (),
     sub_group_size: int | None = None,
 ) -> Crossing:
-    """Plans DeepSpeed's native files of a checkpoint of FSDP or DCP, for ranks and a
-    stage.
+    """Plans DeepSpeed's native files of a checkpoint of FSDP or DCP,
+    for ranks and a stage.
 
     ``dtype`` is what the engine will compute in, "bf16" or "fp32". ``buffer`` names
     tensors that are buffers of the model and no parameters, which DCP does not say.
@@ -240,8 +240,8 @@ def _plan(source: Source, shards: list[Shard]) -> Plan:
 
 
 def _scheduler(source: Source, companion_names: list[str]) -> Iterator[Shard]:
-    """The scheduler's state as a file of its own, where only DeepSpeed's model file has
-    it.
+    """The scheduler's state as a file of its own,
+    where only DeepSpeed's model file has it.
 
     The Trainer looks for scheduler.pt, Accelerate for scheduler.bin.
     """

@@ -1,5 +1,5 @@
-"""A training state rewritten, as a folder: move, prove, and commit last
-(``staging``).
+"""A training state rewritten,
+as a folder: move, prove, and commit last (``staging``).
 
 ``ckpt.rewrite.reshard`` and ``ckpt.rewrite.universal`` decide what is written,
 here it is done:

@@ -1,5 +1,5 @@
-"""The folder that a rewriting or a crossing makes: its place, its room, and what is
-copied.
+"""The folder that a rewriting or a crossing makes: its place, its room,
+and what is copied.
 
 ``ckpt.rewrite.job`` and ``ckpt.rewrite.crossing`` move and prove, each in its own way;
 where the output may lie, and what is copied into it, is the same for both.
@@ -95,8 +95,8 @@ def require_place(planned: PlannedOutput, overwrite: bool) -> None:
 
 
 def require_output(planned: PlannedOutput, overwrite: bool = False) -> None:
-    """``CheckpointError`` where ``execute`` would refuse to make the output; makes
-    nothing."""
+    """``CheckpointError`` where ``execute`` would refuse
+    to make the output; makes nothing."""
     require_place(planned, overwrite)
     staging.require_makeable(planned.output, planned.nbytes)
 
@@ -112,8 +112,8 @@ def shortage(planned: PlannedOutput) -> str | None:
 
 
 def copy_companions(planned: PlannedOutput, staged_folder: Path, written_folder: Path) -> None:
-    """Copies what is copied, and syncs its folders and the one that the plan was written
-    to."""
+    """Copies what is copied,
+    and syncs its folders and the one that the plan was written to."""
     folders = {written_folder}
     for path, name in planned.companions:
         stores.copy_file(path, staged_folder / name)

@@ -1,5 +1,5 @@
-"""The record of a rewritten state: its manifest, or else a record of what it was made
-of.
+"""The record of a rewritten state: its manifest,
+or else a record of what it was made of.
 
 A state that is made of a committed one has a manifest, as that has. The universal format
 has none, and what is made of a checkpoint without a manifest gets none: nobody said that
@@ -45,8 +45,8 @@ def source_manifest(home: Path, tag_name: str) -> Manifest | None:
 
 
 def first_origin(home: Path, manifest: Manifest | None, origin: Ancestry) -> Ancestry:
-    """``origin``, as far as a training saved that; else what that was made of, by way of
-    it.
+    """``origin``, as far as a training saved that;
+    else what that was made of, by way of it.
 
     ``home`` and ``manifest`` are those of the checkpoint that is rewritten.
     """
@@ -69,8 +69,8 @@ def write_record(
     target: TargetTopology | None,
     buffers: Collection[str] | None = None,
 ) -> None:
-    """Writes ``rewriting.json``; ``target`` is ``None`` for the universal format and
-    DCP.
+    """Writes ``rewriting.json``;
+    ``target`` is ``None`` for the universal format and DCP.
 
     ``buffers`` are those of the model, for what does not tell them from parameters.
     """

@@ -56,8 +56,8 @@ def plan(
     ep: int | None = None,
     tp_rules: str | os.PathLike[str] | None = None,
 ) -> Rewriting:
-    """Plans the same checkpoint for ``world_size`` ranks and a stage; by default its
-    own.
+    """Plans the same checkpoint for ``world_size`` ranks and a stage;
+    by default its own.
 
     One of tensor parallelism, a pipeline or MiCS becomes one of ZeRO alone or, with
     ``tp``, of that many tensor-parallel ranks among the ``world_size``. ``tp_rules`` is
@@ -130,8 +130,8 @@ def _output_name(source: zero.Checkpoint, target: TargetTopology) -> str:
 
 
 def _expert_ranks(source: zero.Checkpoint, ep: int | None, degree: int) -> int:
-    """The ranks to deal the experts out to; ``CheckpointError`` where that cannot be
-    known."""
+    """The ranks to deal the experts out to;
+    ``CheckpointError`` where that cannot be known."""
     folder = source.place.folder
     if not isinstance(source, ExpertsCheckpoint):
         if ep is not None:
@@ -200,8 +200,8 @@ def _note_on_files_left_out(home: Path, companion_names: set[str]) -> Iterator[s
 
 
 def _sub_group_size(source: zero.Checkpoint) -> int:
-    """The sub-group size that the run of a checkpoint of stage 3 was configured
-    with."""
+    """The sub-group size that the run
+    of a checkpoint of stage 3 was configured with."""
     configured_size = source.model.setting("zero_optimization", "sub_group_size")
     if isinstance(configured_size, (int, float)):
         return int(configured_size)

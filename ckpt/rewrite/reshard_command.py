@@ -14,8 +14,8 @@ from converters.words import shell_word
 def command(
     folder: Path, world_size: int, stage: int, output: Path, settings: Mapping[str, Any]
 ) -> str:
-    """The command line for the checkpoint in ``folder``; ``settings`` as ``Layout`` has
-    them.
+    """The command line for the checkpoint in ``folder``;
+    ``settings`` as ``Layout`` has them.
 
     Where ``output`` is there already, made by ckpt of this checkpoint, the command makes
     it again; where something else has its name, it makes one beside that.
@@ -33,8 +33,8 @@ def command(
 
 
 def is_made_of(folder: Path, output: Path) -> bool:
-    """Whether ckpt made what lies at ``output`` of the checkpoint in ``folder``, whole
-    or not.
+    """Whether ckpt made what lies at ``output``
+    of the checkpoint in ``folder``, whole or not.
 
     What an older ckpt made says no name, and counts as made of it.
     """

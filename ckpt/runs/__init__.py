@@ -1,5 +1,5 @@
-"""Runs: what a save committed, what may be deleted, and how to put right what a crash
-left.
+"""Runs: what a save committed, what may be deleted,
+and how to put right what a crash left.
 
 run                the checkpoints of a folder, and the pointers latest and best
 checkpoint_folder  a folder that is taken for a checkpoint, committed or not

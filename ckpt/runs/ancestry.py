@@ -129,8 +129,8 @@ class Ancestry:
 
 
 def parse(value: object, depth: int = 0) -> Ancestry | None:
-    """The value that ``as_json`` made JSON of; ``None`` for null. ``FieldError`` for
-    anything else."""
+    """The value that ``as_json`` made JSON of; ``None`` for null.
+    ``FieldError`` for anything else."""
     if value is None:
         return None
     fields.require(depth <= MAX_PARENTS, "source", "...", f"no more than {MAX_PARENTS} parents")

@@ -1,5 +1,5 @@
-"""A folder of a run that is taken for a checkpoint: whether it is committed, or why
-not."""
+"""A folder of a run that is taken for a checkpoint:
+whether it is committed, or why not."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ class RunCheckpoint:
         return f"committed by ckpt doctor --adopt --one-save, though {self.manifest.doubt}"
 
     def spares(self, name: str) -> bool:
-        """Whether no resume reads this file, so that the checkpoint stays committed
-        without it."""
+        """Whether no resume reads this file,
+        so that the checkpoint stays committed without it."""
         return self.manifest is not None and is_spared(name, self.manifest)
 
     @property
@@ -126,8 +126,8 @@ class RunCheckpoint:
 
     @property
     def tier(self) -> str | None:
-        """``full`` (training can go on from it) or ``weights``; ``None``: no
-        manifest."""
+        """``full`` (training can go on from it) or ``weights``;
+        ``None``: no manifest."""
         return self.manifest.tier if self.manifest else None
 
     @property
@@ -167,8 +167,8 @@ def is_spared(name: str, manifest: Manifest) -> bool:
 
 
 def order(checkpoint: RunCheckpoint) -> tuple[int, bool, bool, float, bool, str]:
-    """The order of checkpoints: by step (unknown ones first), then the time of saving,
-    then name.
+    """The order of checkpoints:
+    by step (unknown ones first), then the time of saving, then name.
 
     Times of change play no part: copying a run must not reorder it. Of one step, a copy
     by hand, a link and what was made of another one come before what they are of, and a
@@ -299,8 +299,8 @@ def _has_other_contents(path: Path, digest: str) -> bool:
 
 
 def later_save(folder: Path, manifest: Manifest) -> str | None:
-    """That something was saved into a committed checkpoint later, as words after its
-    name."""
+    """That something was saved into a committed checkpoint later,
+    as words after its name."""
     tag_name = unlisted_tag(folder, manifest)
     if tag_name is None:
         return None
@@ -342,8 +342,8 @@ def unlisted_tag(folder: Path, manifest: Manifest) -> str | None:
 
 
 def require_read(error: CheckpointError) -> None:
-    """Raises ``error`` if it came of a disk or network that fails, not of what lies
-    there."""
+    """Raises ``error`` if it came of a disk or network that fails,
+    not of what lies there."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in manifests.FAILING:
@@ -352,8 +352,8 @@ def require_read(error: CheckpointError) -> None:
 
 
 def bytes_under(folder: Path) -> int:
-    """Bytes of all files below a folder, or of a file; what vanishes meanwhile is not
-    counted."""
+    """Bytes of all files below a folder,
+    or of a file; what vanishes meanwhile is not counted."""
     if folder.is_file():
         return folder.stat().st_size
 

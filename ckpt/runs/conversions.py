@@ -17,8 +17,8 @@ MAX_BYTES = 64 << 20  # it names every file and what is absent
 
 
 class WeightsOrigin(NamedTuple):
-    """The tag or file that weights were made of, and its step; ``None`` for what is not
-    known."""
+    """The tag or file that weights were made of,
+    and its step; ``None`` for what is not known."""
 
     tag: str | None
     step: int | None

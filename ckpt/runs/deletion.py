@@ -15,8 +15,8 @@ DELETED = ".deleted"  # the manifest of a checkpoint that is being deleted where
 
 
 def delete(checkpoint: RunCheckpoint) -> str | None:
-    """Deletes a committed checkpoint; why it could not be, if somebody reads or pinned
-    it."""
+    """Deletes a committed checkpoint; why it could not be,
+    if somebody reads or pinned it."""
     folder = checkpoint.folder
     if folder.is_symlink():
         return "a link; delete it and what it leads to by hand"
@@ -90,8 +90,8 @@ def is_trash(folder: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder and all in it, whoever else is at it too; ``CheckpointError`` if
-    it stays.
+    """Removes a folder and all in it,
+    whoever else is at it too; ``CheckpointError`` if it stays.
 
     Files that vanish meanwhile are not an error. What says that it is deleted goes last.
     """

@@ -64,8 +64,8 @@ class FileRecord:
 
 
 def digest(path: Path, progress: Progress = quiet) -> FileRecord:
-    """The size and digest of a file, of the kind that its form allows; ``OSError`` if
-    unreadable.
+    """The size and digest of a file,
+    of the kind that its form allows; ``OSError`` if unreadable.
 
     A torch zip's tensors are not read: 1 GB takes as long as 1 MB. ``progress`` gets the
     bytes that are.
@@ -96,8 +96,8 @@ def unlike(path: Path, expected: FileRecord, data: bool, progress: Progress) -> 
 
 
 def unlike_without_records(path: Path, expected: FileRecord) -> str | None:
-    """As ``unlike``, but of a torch zip the directory alone, which has every record's
-    CRC32.
+    """As ``unlike``, but of a torch zip the directory alone,
+    which has every record's CRC32.
 
     So a file that was written again is told from its forerunner of the same size, and no
     tensor is read.
@@ -166,8 +166,8 @@ def directory_of(stream: BinaryIO) -> Directory | None:
 
 
 def _directory_digest(stream: BinaryIO) -> str | None:
-    """The SHA-256 from the central directory on; ``None`` unless it binds every record's
-    bytes."""
+    """The SHA-256 from the central directory on;
+    ``None`` unless it binds every record's bytes."""
     directory = directory_of(stream)
     if directory is None:
         return None
@@ -247,8 +247,8 @@ def _sha256(stream: BinaryIO, file_size: int, progress: Progress) -> str:
 
 
 def _blocks(stream: BinaryIO, count: int) -> Iterator[memoryview]:
-    """The next ``count`` bytes, fewer at the file's end, in one buffer used again and
-    again."""
+    """The next ``count`` bytes, fewer at the file's end,
+    in one buffer used again and again."""
     buffer = memoryview(bytearray(min(CHUNK, count)))
     while count:
         bytes_read = stream.readinto(buffer[:count])  # type: ignore[attr-defined]

@@ -22,8 +22,8 @@ ENGINES = "engines"  # among the progress
 
 
 def names(manifest: Manifest) -> tuple[str, ...]:
-    """The names of the engines, the first one first; empty of a checkpoint of one
-    engine."""
+    """The names of the engines, the first one first;
+    empty of a checkpoint of one engine."""
     engines_progress = manifest.progress.get(ENGINES)
     if not isinstance(engines_progress, Mapping):
         return ()
@@ -31,8 +31,8 @@ def names(manifest: Manifest) -> tuple[str, ...]:
 
 
 def tags(manifest: Manifest) -> dict[str, str]:
-    """The tag of each engine relative to the checkpoint, by its name; of a single one
-    under ""."""
+    """The tag of each engine relative to the checkpoint,
+    by its name; of a single one under ""."""
     if manifest.tag is None:
         return {}
     engine_names, tag_name = names(manifest), manifest.tag.rpartition("/")[2]
@@ -54,7 +54,7 @@ def others(folder: Path) -> tuple[str, ...]:
 
 
 def pointers(tag: str, engine_names: Iterable[str]) -> dict[str, str]:
-    """The content of each file ``latest`` in a checkpoint of this tag, by its name in
-    the folder."""
+    """The content of each file ``latest`` in a checkpoint of this tag,
+    by its name in the folder."""
     tag_name = tag.rpartition("/")[2]
     return {f"{engine}/latest": tag_name for engine in engine_names} or {"latest": tag}

@@ -41,8 +41,8 @@ def require(is_valid: bool, name: str, actual_value: object, expected: str) -> N
 
 
 def require_kinds(document: Mapping[str, Any]) -> None:
-    """Raises ``FieldError`` unless those fields of a document that have entries have
-    them."""
+    """Raises ``FieldError`` unless those fields
+    of a document that have entries have them."""
     for name in ("versions", "metrics", "progress", "files"):
         value = document[name]
         require(isinstance(value, dict), name, value, "names and values")
@@ -59,8 +59,8 @@ def require_kinds(document: Mapping[str, Any]) -> None:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a posix path stays inside the folder that it is relative to, and is spelt
-    plainly."""
+    """Whether a posix path stays inside the folder that it is relative to,
+    and is spelt plainly."""
     parts = name.split("/")  # of an absolute path the first is empty
     return all(is_name(part) and len(part) < 256 for part in parts)
 

@@ -31,8 +31,8 @@ SHOWN = 6  # digits of an id in messages and tables
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """The launches of ``run`` that lead to where a training is; the last one is still
-    saving.
+    """The launches of ``run`` that lead to where a training is;
+    the last one is still saving.
 
     ``ancestors``: earlier launches, each with the last step of it that counts.
     ``launch``: the last. ``run`` is ``None`` for checkpoints of older versions.
@@ -49,8 +49,8 @@ class Line:
 
     @classmethod
     def go_on(cls, source: Manifest | None, step: int) -> Line:
-        """The line of a training that resumed at ``step`` from ``source``; ``None`` has
-        no ids."""
+        """The line of a training that resumed at ``step`` from ``source``;
+        ``None`` has no ids."""
         line = source.line if source is not None and source.line else ((UNNAMED, step),)
         run = source.run if source is not None else None
         if run is None:
@@ -71,8 +71,8 @@ class Line:
         return (*self.ancestors, (self.launch, step))
 
     def has(self, checkpoint: Manifest) -> bool:
-        """Whether a checkpoint is of this line: saved by this launch, or before it went
-        on."""
+        """Whether a checkpoint is of this line: saved by this launch,
+        or before it went on."""
         saved_by = _launch(checkpoint)
         if saved_by == self.launch:
             return checkpoint.run == self.run
@@ -121,8 +121,8 @@ def shown(run: str | None) -> str:
 
 
 def described(checkpoints: Sequence[tuple[str, str | None]], own_run: str | None = None) -> str:
-    """Names of checkpoints, each with its run, as a phrase: which there are of which
-    run.
+    """Names of checkpoints, each with its run,
+    as a phrase: which there are of which run.
 
     Those of ``own_run``, which goes on, are what it gave up when it went back.
     """
@@ -139,8 +139,8 @@ def described(checkpoints: Sequence[tuple[str, str | None]], own_run: str | None
 
 
 def listed(names: Sequence[str], max_names: int = 4) -> str:
-    """Names as a phrase: the first ones and how many, where there are more than
-    ``max_names``."""
+    """Names as a phrase: the first ones and how many,
+    where there are more than ``max_names``."""
     if len(names) > max_names:
         return f"{', '.join(names[:2])}, ... {names[-1]} ({len(names)} checkpoints)"
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

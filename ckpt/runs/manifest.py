@@ -177,8 +177,8 @@ class Manifest:
 
     @property
     def is_derived(self) -> bool:
-        """Whether it was rewritten from another checkpoint, so that no training saved
-        it."""
+        """Whether it was rewritten from another checkpoint,
+        so that no training saved it."""
         return self.origin is not None and self.origin.is_rewriting
 
     @property
@@ -228,8 +228,8 @@ OPTIONAL = ("run", "line", "name", "made_of", "source", "doubt")
 
 
 def loads(data: bytes, path: Path) -> Manifest:
-    """The manifest in ``data``, read from ``path``; ``CheckpointError`` if it is
-    damaged."""
+    """The manifest in ``data``, read from ``path``;
+    ``CheckpointError`` if it is damaged."""
     text = data.decode("utf-8", "surrogateescape")
     try:
         document = bounded_json.loads(data, text)

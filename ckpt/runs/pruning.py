@@ -190,8 +190,8 @@ def prune_others(
     run_prefix: str | None = None,
     dry_run: bool = False,
 ) -> list[Outcome]:
-    """Deletes the checkpoints of other lines: ``plan_others`` and, but for ``dry_run``,
-    ``execute``."""
+    """Deletes the checkpoints of other lines: ``plan_others`` and,
+    but for ``dry_run``, ``execute``."""
     outcomes = plan_others(run, run_prefix)
     return outcomes if dry_run else execute(run, outcomes)
 
@@ -301,8 +301,8 @@ def _outcomes(
 
 
 def execute(run: Run, outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Deletes what the plan does not keep, and what earlier deletions left; returns what became
-    of each.
+    """Deletes what the plan does not keep,
+    and what earlier deletions left; returns what became of each.
 
     One that somebody reads is kept for now. ``OSError`` if the folder cannot be written.
     """

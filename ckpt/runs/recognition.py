@@ -28,14 +28,14 @@ _ASIDE = LazyPattern(r"checkpoint-\d{1,18}\.(?:foreign|run-[0-9a-f]+)(?:-\d+)?")
 
 
 def is_set_aside(folder: Path) -> bool:
-    """Whether the name is one that a checkpoint of another training got
-    (``saving.collision``)."""
+    """Whether the name is one that a checkpoint
+    of another training got (``saving.collision``)."""
     return _ASIDE.fullmatch(folder.name) is not None
 
 
 def step_in(name: str) -> int | None:
-    """The step that a checkpoint's name says, such as 500 of checkpoint-500; ``None``
-    without."""
+    """The step that a checkpoint's name says,
+    such as 500 of checkpoint-500; ``None`` without."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -89,8 +89,8 @@ def is_run(folder: Path) -> bool:
 
 
 def is_numbered(folder: Path) -> bool:
-    """Whether the name is one that trainers resume from by its number, such as
-    checkpoint-500."""
+    """Whether the name is one that trainers resume from by its number,
+    such as checkpoint-500."""
     return _NUMBERED.fullmatch(folder.name) is not None
 
 

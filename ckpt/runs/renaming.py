@@ -1,5 +1,5 @@
-"""Checkpoints that have other names than those they were saved under (``mv``,
-``cp -r``).
+"""Checkpoints that have other names
+than those they were saved under (``mv``, ``cp -r``).
 
 What was made of one still has to find it. A record of what was made of a checkpoint
 without a manifest has the name of that and its step, and no id. Under another name it is
@@ -25,8 +25,8 @@ _MAX_BYTES = 1 << 28  # of a log
 def source_of(
     checkpoint: RunCheckpoint, source: Ancestry, present: Iterable[RunCheckpoint]
 ) -> RunCheckpoint | None:
-    """The one that ``checkpoint`` was made of by its record, ``source``, whatever its
-    name is.
+    """The one that ``checkpoint`` was made of by its record,
+    ``source``, whatever its name is.
 
     ``None`` where a save has an id, which is known by that.
     """
@@ -46,8 +46,8 @@ def source_of(
 
 
 def reason_not_counted(checkpoint: RunCheckpoint, counted: Sequence[RunCheckpoint]) -> str:
-    """Why no rule of retention counts a checkpoint with another name than it was saved
-    under."""
+    """Why no rule of retention counts a checkpoint
+    with another name than it was saved under."""
     if checkpoint.folder.is_symlink():
         return "a link, which no rule counts"
 
@@ -77,8 +77,8 @@ def _may_be_source(candidate: RunCheckpoint, checkpoint: RunCheckpoint, source: 
 
 
 def _has_same_state(candidate: RunCheckpoint, checkpoint: RunCheckpoint, step: int) -> bool:
-    """Whether the Trainer's state is the same in both or, without one, the tag is of the
-    step."""
+    """Whether the Trainer's state is the same in both or,
+    without one, the tag is of the step."""
     paths = [entry.folder / TRAINER_STATE for entry in (candidate, checkpoint)]
     try:
         has_state = [path.is_file() for path in paths]

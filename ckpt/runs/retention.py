@@ -1,5 +1,5 @@
-"""Which checkpoints of a run to keep: a value, and one pure function over committed
-ones.
+"""Which checkpoints of a run to keep: a value,
+and one pure function over committed ones.
 
 Only steps order them. Neither times of change nor spellings of paths play a part: by
 these the Trainer's rotation deleted the best checkpoint, and a folder called
@@ -51,8 +51,8 @@ def _is_rule(best: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Keep the ``last`` newest, every one whose step ``every`` divides, and the best by
-    a metric.
+    """Keep the ``last`` newest, every one whose step ``every`` divides,
+    and the best by a metric.
 
     ``best`` is (metric, "min" or "max", how many). A checkpoint that any rule keeps is
     kept; without rules all are. Whatever the rules, it never lets go of the newest, of
@@ -136,8 +136,8 @@ def require_metric(retention: Retention, metric_names: Iterable[str], run: Path)
 
 
 def ranked(candidates: Sequence[Candidate], metric: str, mode: Mode) -> list[Candidate]:
-    """The candidates with the metric, best first, of ties the newer; those with NaN lack
-    it."""
+    """The candidates with the metric, best first,
+    of ties the newer; those with NaN lack it."""
     sign = 1 if mode == "min" else -1
     newest_first = sorted(candidates, key=lambda candidate: candidate.step)[::-1]
     measured = [

@@ -1,5 +1,5 @@
-"""The checkpoints of a run's folder, which of them are committed, and the pointers to
-them.
+"""The checkpoints of a run's folder,
+which of them are committed, and the pointers to them.
 
 out/
   latest                 "checkpoint-500/global_step500": folder and tag, so that ``out`` is a
@@ -67,8 +67,8 @@ class Run:
         object.__setattr__(self, "path", local_path(path))
 
     def checkpoints(self) -> list[RunCheckpoint]:
-        """All checkpoints, committed or not, in ``order``; ``CheckpointError`` without a
-        folder.
+        """All checkpoints, committed or not,
+        in ``order``; ``CheckpointError`` without a folder.
 
         Every folder that does not begin with a dot and has a manifest, is called
         checkpoint-N, or holds the state files of DeepSpeed.
@@ -95,8 +95,8 @@ class Run:
         return sorted(checkpoints, key=order)
 
     def newest(self, tier: str | None = "full") -> RunCheckpoint | None:
-        """The committed checkpoint of the highest step in the line that saved last
-        (``lineage``).
+        """The committed checkpoint of the highest step
+        in the line that saved last (``lineage``).
 
         ``tier=None`` takes any. What was made of another one that is here does not
         count. Looks at sizes only.
@@ -139,8 +139,8 @@ class Run:
         return open_checkpoint(folder)
 
     def point(self, name: str, checkpoint: RunCheckpoint | None) -> None:
-        """Makes ``latest`` or ``best`` name a committed checkpoint, durably; ``None``
-        removes it.
+        """Makes ``latest`` or ``best`` name a committed checkpoint,
+        durably; ``None`` removes it.
 
         ``CheckpointError`` for one that is not committed.
         """
@@ -223,8 +223,8 @@ def of_line(
     checkpoints: Iterable[RunCheckpoint],
     line: Line | None = None,
 ) -> list[RunCheckpoint]:
-    """The checkpoints with a manifest of ``line``, or of the line that saved last, in
-    ``order``.
+    """The checkpoints with a manifest of ``line``,
+    or of the line that saved last, in ``order``.
 
     Give it all checkpoints of a folder: one that was damaged since still tells who
     saved last.
@@ -250,8 +250,8 @@ def leading(
     checkpoints: Iterable[RunCheckpoint],
     line: Line | None = None,
 ) -> RunCheckpoint | None:
-    """The checkpoint that ``latest`` names: the newest full one of a line, or its
-    newest.
+    """The checkpoint that ``latest`` names:
+    the newest full one of a line, or its newest.
 
     What was made of another one that is here does not count. As ``members``: give it
     all checkpoints of a folder.

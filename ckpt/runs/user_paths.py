@@ -1,5 +1,5 @@
-"""The meaning of a user's path for the commands on runs: a run, a checkpoint, or
-neither.
+"""The meaning of a user's path for the commands on runs:
+a run, a checkpoint, or neither.
 
 What is neither is named by ``converters.detect``, the table of all kinds, with what
 handles it.
@@ -37,8 +37,8 @@ _MAX_NAMES = 5
 
 
 def instead(path: Path, expected: str, weights: str = "") -> CheckpointError:
-    """A sentence on what lies at a path instead of what a command expects, and what
-    handles it.
+    """A sentence on what lies at a path instead of what a command expects,
+    and what handles it.
 
     ``weights`` is the remedy for a folder or file that has weights alone.
     """
@@ -111,8 +111,8 @@ def run_at(path: Path, command: str) -> Run:
 
 
 def checkpoint_at(path: Path, command: str) -> RunCheckpoint:
-    """The checkpoint that a path is; ``CheckpointError`` for anything else, also for a
-    run.
+    """The checkpoint that a path is;
+    ``CheckpointError`` for anything else, also for a run.
 
     ``command`` is how the user called it, such as "ckpt pin".
     """
@@ -128,8 +128,8 @@ def checkpoint_at(path: Path, command: str) -> RunCheckpoint:
 
 
 def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
-    """The checkpoint that a path is, or those of the run that it is: none if it has none
-    yet.
+    """The checkpoint that a path is,
+    or those of the run that it is: none if it has none yet.
 
     ``CheckpointError`` for anything else; ``weights`` as in ``instead``.
     """
@@ -145,8 +145,8 @@ def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
 
 
 def require_deepspeed(checkpoint: RunCheckpoint, weights: str = "") -> None:
-    """``CheckpointError`` for what has no manifest and no states of DeepSpeed that ckpt
-    reads.
+    """``CheckpointError`` for what has no manifest
+    and no states of DeepSpeed that ckpt reads.
 
     ``weights`` as in ``instead``.
     """
@@ -238,8 +238,8 @@ def holds_checkpoints(path: Path) -> bool:
 
 
 def _may_begin(path: Path) -> bool:
-    """Whether the folder may be a run's without checkpoints: new, or with what a crash
-    left."""
+    """Whether the folder may be a run's without checkpoints: new,
+    or with what a crash left."""
     if not path.is_dir():
         return False
     from ckpt.runs.lease import lease_file
@@ -250,6 +250,6 @@ def _may_begin(path: Path) -> bool:
 
 
 def spelt(folder: Path) -> Path:
-    """The path, which ends in the folder's name even where that of "." or ".." was
-    given."""
+    """The path,
+    which ends in the folder's name even where that of "." or ".." was given."""
     return Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder

@@ -1,5 +1,5 @@
-"""Whether a checkpoint is whole: by its manifest, and by what its state files say
-themselves."""
+"""Whether a checkpoint is whole: by its manifest,
+and by what its state files say themselves."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Verification:
 
     @property
     def hindrance(self) -> str | None:
-        """The first problem that a resume minds: not weights that were deleted or
-        changed."""
+        """The first problem that a resume minds:
+        not weights that were deleted or changed."""
         return next((line for line in self.problems if line not in self.spared), None)
 
 
@@ -58,8 +58,8 @@ def verify(
     data: bool = False,
     progress: Progress = quiet,
 ) -> Verification:
-    """Checks every file's size, or with ``data`` every byte, and that the state files
-    fit together.
+    """Checks every file's size, or with ``data`` every byte,
+    and that the state files fit together.
 
     Without ``data`` what was written after the manifest is found, too.
 
@@ -118,8 +118,8 @@ def _places_of_states(folder: Path, manifest: Manifest) -> Mapping[str, str | No
 
 
 def changes_since_commit(folder: Path, manifest: Manifest, within: str = "") -> dict[str, str]:
-    """How the files differ that were written after the manifest, in a folder
-    ``within``.
+    """How the files differ that were written after the manifest,
+    in a folder ``within``.
 
     Every torch zip is looked at, by its directory; another file only where its times are
     later than the manifest's, and then by all of its bytes. So times accuse nobody:
@@ -201,8 +201,8 @@ def may_be_edited(folder: Path, name: str, file: FileRecord) -> bool:
 
 
 def states(folder: Path, tag: str | None = None) -> tuple[str | None, str | None]:
-    """Lines on what the headers of DeepSpeed's files prove, and on what is wrong with
-    them.
+    """Lines on what the headers of DeepSpeed's files prove,
+    and on what is wrong with them.
 
     What is not read here, such as pipeline parallelism, is said and counts as no fault.
     """

@@ -32,8 +32,8 @@ FILE = "adapter_model.safetensors"
 
 
 def planned(engine: EngineView, dtype: DType) -> tuple[Inventory, Plan]:
-    """The active adapter's tensors under the names that PEFT loads, and the file of
-    them.
+    """The active adapter's tensors under the names that PEFT loads,
+    and the file of them.
 
     ``CheckpointError`` for a kind of adapter whose tensors are not parameters of the
     model.

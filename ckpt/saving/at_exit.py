@@ -1,5 +1,5 @@
-"""The end of the process: saves under way are finished, and a lost one shows in the exit
-code.
+"""The end of the process: saves under way are finished,
+and a lost one shows in the exit code.
 
 Handlers run in the reverse order of their registration, so the one that sets the code
 comes last of ours. It ends the process there, as nothing else can set an exit code by

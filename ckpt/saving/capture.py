@@ -27,8 +27,8 @@ def capture(
     tokenizer: Any = None,
     exclude_frozen_parameters: bool = False,
 ) -> RankWork:
-    """This rank's part of a save, not yet written but for small files; every rank calls
-    it.
+    """This rank's part of a save,
+    not yet written but for small files; every rank calls it.
 
     A full save calls ``save_checkpoint`` of each engine, which communicates; what is
     written later is not waited for in any collective. ``CheckpointError`` on every rank
@@ -70,8 +70,8 @@ def _capture_states(
     client_state: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> list[tuple[Path, Captured]]:
-    """The states of all engines, taken down; what failed is raised when all are out of
-    it.
+    """The states of all engines, taken down;
+    what failed is raised when all are out of it.
 
     Or else other ranks would wait for this one in the ``save_checkpoint`` of the next
     engine.
@@ -141,8 +141,8 @@ def write_small_files(engines: Engines, tokenizer: Any, folder: Path, rank: int)
 
 
 def send(commit: Commit, weights: WeightsWriter) -> None:
-    """Weights to rank 0 from ranks that do not see its folder, at once; every rank calls
-    it."""
+    """Weights to rank 0 from ranks that do not see its folder,
+    at once; every rank calls it."""
     reports = weights.send(commit.folder, list(commit.nodes.away))
     with commit.ranks.step():
         if not commit.ranks.rank:

@@ -1,5 +1,5 @@
-"""The engines of one training: one, or several by name, which are saved and resumed as
-one.
+"""The engines of one training: one,
+or several by name, which are saved and resumed as one.
 
 Each has a folder of its own in the checkpoint (``ckpt.runs.engines``); a single one
 without a name has the checkpoint itself.
@@ -31,8 +31,8 @@ _LIKE_OTHERS = LazyPattern(r"(checkpoint|weights)-\d+|global_step.*|latest|best"
 
 
 class Engines:
-    """``engines``: one, or several by name. ``CheckpointError`` for names that cannot be
-    folders.
+    """``engines``: one, or several by name.
+    ``CheckpointError`` for names that cannot be folders.
 
     Every rank gives the same ones in the same order.
     """
@@ -75,8 +75,8 @@ class Engines:
         return "/".join([*self.names[:1], f"global_step{step}"])
 
     def place(self) -> tuple[int, bool]:
-        """The first one's optimizer steps so far, and whether all stand between two of
-        them."""
+        """The first one's optimizer steps so far,
+        and whether all stand between two of them."""
         between_steps = (is_between_steps(engine) for engine in self.by_name.values())
         return int(self.first.global_steps), all(between_steps)
 
@@ -99,8 +99,8 @@ class Engines:
         metric_values: Mapping[str, Any] | None,
         epoch: Any,
     ) -> Facts:
-        """The facts for the manifest of a save of this ``tier``; ``metric_values`` are
-        its metrics."""
+        """The facts for the manifest of a save of this ``tier``;
+        ``metric_values`` are its metrics."""
         tag = self.tag(step) if tier == "full" else None
         stage = int(self.first.zero_optimization_stage())
         progress = self.progress(epoch)
@@ -136,8 +136,8 @@ class SeveralWeights:
         self.nbytes = sum(weights.nbytes for weights in self.by_name.values())
 
     def make(self, folder: Path) -> None:
-        """Makes the files of each engine in its own folder, as ``WeightsWriter.make``
-        does."""
+        """Makes the files of each engine in its own folder,
+        as ``WeightsWriter.make`` does."""
         for name, weights in self.by_name.items():
             (folder / name).mkdir(exist_ok=True)
             weights.make(folder / name)
@@ -173,8 +173,8 @@ class SeveralWeights:
         return {name: writer.report() for name, writer in writers.items()}
 
     def send(self, folder: Path, senders: list[int]) -> list[Any]:
-        """Sends the parts of each engine; returns a report by engine of each writer, on
-        rank 0."""
+        """Sends the parts of each engine; returns a report by engine of each writer,
+        on rank 0."""
         reports_by_engine = {
             name: weights.send(folder / name, senders) for name, weights in self.by_name.items()
         }
@@ -185,8 +185,8 @@ class SeveralWeights:
         ]
 
     def finish(self, folder: Path, reports: list[Any]) -> dict[str, FileRecord]:
-        """Gives the files of each engine their names; returns them by path in
-        ``folder``."""
+        """Gives the files of each engine their names;
+        returns them by path in ``folder``."""
         files: dict[str, FileRecord] = {}
         for name, weights in self.by_name.items():
             engine_reports = [report[name] for report in reports]
@@ -200,8 +200,8 @@ def in_folders(
     engines: Engines,
     call: Callable[[Path, Any], None],
 ) -> None:
-    """``call`` with the folder of each engine in a checkpoint, which is made, and the
-    engine."""
+    """``call`` with the folder of each engine in a checkpoint,
+    which is made, and the engine."""
     for name, engine in engines:
         (folder / name).mkdir(exist_ok=True)
         call(folder / name, engine)

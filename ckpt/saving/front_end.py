@@ -1,5 +1,5 @@
-"""The steps of every front end to save: a run's folder, and in it one checkpoint, whole
-or absent.
+"""The steps of every front end to save: a run's folder,
+and in it one checkpoint, whole or absent.
 
     run_folder = RunFolder.find(ranks, Path("out"), is_local)      who shares it
     run_folder.hold(ranks)                                         no other job saves there
@@ -148,8 +148,8 @@ class RunFolder:
         return identity.line_in(self.path, step)
 
     def warn_of_others(self, line: Line) -> None:
-        """Logs a warning, on the rank that commits, if checkpoints of other runs are
-        here."""
+        """Logs a warning, on the rank that commits,
+        if checkpoints of other runs are here."""
         if self.nodes.commits:
             identity.warn_of_others(self.path, line)
 
@@ -165,8 +165,8 @@ class RunFolder:
     def require_room(
         self, ranks: RankGroup, folder: Path, measure: Callable[[], int], weight_bytes: int
     ) -> None:
-        """``CheckpointError`` on every rank unless the disk has room for a save into
-        ``folder``.
+        """``CheckpointError`` on every rank unless the disk has room
+        for a save into ``folder``.
 
         ``measure`` gives the bytes of this rank's state files; ``weight_bytes`` are
         those of the model that all write together.
@@ -239,14 +239,14 @@ class RunFolder:
             log.info("%s %s (%s) in %s", verb, commit.final, size, text.seconds(seconds))
 
     def publish(self, retention: Retention | None, new_checkpoint: Path, line: Line) -> None:
-        """Moves the pointers and applies retention after a commit, on the rank that
-        commits."""
+        """Moves the pointers and applies retention after a commit,
+        on the rank that commits."""
         if self.nodes.commits:
             pointers.after_commit(self.path, retention, new_checkpoint, line)
 
     def save_model(self, ranks: RankGroup, engine: TrainingEngine, kind: str) -> None:
-        """Writes a loadable model into this folder, not as a checkpoint; every rank
-        calls it."""
+        """Writes a loadable model into this folder,
+        not as a checkpoint; every rank calls it."""
         streamed.save(engine, kind, self.path, self.nodes, ranks)
 
 
@@ -299,8 +299,8 @@ class Save:
         self.add(rank_files.write(self.folder, self.commit.ranks.rank, extra))
 
     def write_companions(self, module: Any, weights: WeightsWriter | None) -> None:
-        """Writes the files that make the folder a model's, by rank 0; every rank calls
-        it."""
+        """Writes the files that make the folder a model's,
+        by rank 0; every rank calls it."""
         with self.commit.ranks.step():
             if not self.commit.ranks.rank:
                 write_companions(module, self.folder, weights)
@@ -311,8 +311,8 @@ class Save:
 
 
 def _writing(engine: TrainingEngine) -> AbstractContextManager[WritingEngine]:
-    """A block in which ckpt writes what the engine saves. Without one DeepSpeed is not
-    needed."""
+    """A block in which ckpt writes what the engine saves.
+    Without one DeepSpeed is not needed."""
     from ckpt.engine.checkpoint_engine import WritingEngine, installed
 
     return installed(engine, WritingEngine)

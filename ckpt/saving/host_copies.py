@@ -1,5 +1,5 @@
-"""Host memory that copies of a state are kept in while they are written, at most a
-stated budget.
+"""Host memory that copies of a state are kept in while they are written,
+at most a stated budget.
 
 Kept from save to save: fresh memory costs a page fault for every page, several times
 the copying.
@@ -18,8 +18,8 @@ ALIGNED = 4096  # bytes
 
 
 class HostCopies:
-    """Copies of at most ``budget`` bytes in all; ``clear`` forgets them, and keeps the
-    memory."""
+    """Copies of at most ``budget`` bytes in all; ``clear`` forgets them,
+    and keeps the memory."""
 
     def __init__(self, budget: int):
         self.budget = budget
@@ -28,8 +28,8 @@ class HostCopies:
         self.used = 0
 
     def reserve(self, nbytes: int, pinned: bool) -> int:
-        """Makes room for ``nbytes`` or as many as the budget has; returns how many that
-        are."""
+        """Makes room for ``nbytes`` or as many as the budget has;
+        returns how many that are."""
         self.clear()
         granted_bytes = min(nbytes, self.budget)
         if self.buffer.numel() < granted_bytes:

@@ -1,5 +1,5 @@
-"""The weights of a save beside its sharded states: a model folder that
-``from_pretrained`` loads.
+"""The weights of a save beside its sharded states:
+a model folder that ``from_pretrained`` loads.
 
 Planned once, written by all ranks at their final places; under stages 0 to 2 by rank 0
 from its own copy. No rank ever holds more of the model than it did, but for copies made
@@ -55,8 +55,8 @@ class WeightsWriter:
         self.nbytes = self.plan.nbytes
 
     def make(self, folder: Path) -> None:
-        """Makes the files at full length, without values, and those beside them, on rank
-        0."""
+        """Makes the files at full length, without values,
+        and those beside them, on rank 0."""
         shards.make(self.plan, folder)
         if self.peft:
             adapter.save_config(self.engine.module, folder)
@@ -90,8 +90,8 @@ class WeightsWriter:
         return writer.report()
 
     def send(self, folder: Path, senders: list[int]) -> list[shards.WrittenRuns]:
-        """Writes all parts, where some ranks do not see rank 0's folder and send their
-        part."""
+        """Writes all parts,
+        where some ranks do not see rank 0's folder and send their part."""
         return self.job.write(self.ranks, self.inventory, self.plan, folder, senders)
 
     def finish(self, folder: Path, reports: list[shards.WrittenRuns]) -> dict[str, FileRecord]:

@@ -1,5 +1,5 @@
-"""A save between the call and its commit: being written here, or behind the training's
-back."""
+"""A save between the call and its commit: being written here,
+or behind the training's back."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ EXIT_GRACE_S = 60.0
 
 
 class PendingSave:
-    """One save. ``land`` goes through to the commit; ``advance`` goes as far as it can
-    for now.
+    """One save. ``land`` goes through to the commit;
+    ``advance`` goes as far as it can for now.
 
     Whoever is told of a failure, by exception, finds the folder gone and nothing
     committed.
@@ -35,8 +35,8 @@ class PendingSave:
         self.commit.settle()
 
     def start(self, pool: Executor) -> None:
-        """Has them written by another thread; returns when the trainer may change its
-        state."""
+        """Has them written by another thread;
+        returns when the trainer may change its state."""
         self.written = pool.submit(self.write)
         while not self.work.state_released.wait(0.05) and not self.written.done():
             self.commit.ranks.heartbeat()
@@ -56,8 +56,8 @@ class PendingSave:
         yield from self.commit.finishing()
 
     def finish(self, timeout: float | None = None) -> None:
-        """Waits for the commit. ``CheckpointError`` on every rank if one fails or is
-        absent."""
+        """Waits for the commit.
+        ``CheckpointError`` on every rank if one fails or is absent."""
         ranks = self.commit.ranks
         ranks.timeout = timeout or ranks.timeout
         try:
@@ -77,8 +77,8 @@ class PendingSave:
         return self.is_over
 
     def stop(self) -> None:
-        """Returns when the thread no longer writes; it notices a failure within a
-        second."""
+        """Returns when the thread no longer writes;
+        it notices a failure within a second."""
         if self.written is not None:
             self.written.exception()
 

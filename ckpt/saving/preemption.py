@@ -1,5 +1,5 @@
-"""Being asked to stop: one save at the same step on all ranks, and an exit code that
-says so.
+"""Being asked to stop: one save at the same step on all ranks,
+and an exit code that says so.
 
 A signal, a file or the end of the launcher only sets a flag. After the next step a rank
 that has it counts itself in and waits, for no longer than a step takes, until all ranks
@@ -69,8 +69,8 @@ class Preemption:
 
 
 class PreemptionWatch:
-    """Listens on this rank, and agrees with the others; ``close`` puts the old handlers
-    back.
+    """Listens on this rank,
+    and agrees with the others; ``close`` puts the old handlers back.
 
     Every rank makes one. Rank 0 logs what the launcher will do.
     """
@@ -164,8 +164,8 @@ class PreemptionWatch:
             self._request_stop(f"the end of its launcher, {launcher}")
 
     def _agree_on_last_step(self, step: int, may_stop: bool, patience: float) -> int:
-        """The last step: this one if every rank was asked and ``may_stop``, else the
-        next one."""
+        """The last step: this one if every rank was asked and ``may_stop``,
+        else the next one."""
         self.store.compare_set("asked", "", self.asked_by)
         proposal = str(step + 1)
 
@@ -242,8 +242,8 @@ def _ignore(numbers: Sequence[int]) -> None:
 def share_deadline(
     ranks: RankGroup, seconds_left: float | None, save_seconds: float | None
 ) -> list[float | None]:
-    """The least time left that a rank knows of, and rank 0's ``save_seconds``; on all
-    ranks."""
+    """The least time left that a rank knows of,
+    and rank 0's ``save_seconds``; on all ranks."""
     with ranks.step() as times_left:
         times_left.value = seconds_left
     with ranks.step() as decision:

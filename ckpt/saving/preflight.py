@@ -63,8 +63,8 @@ class SaveContents:
 
 
 def check(ranks: RankGroup, nodes: Nodes, run: Path, contents: SaveContents) -> int:
-    """Raises ``CheckpointError`` on every rank if a save would fail; every rank calls
-    it.
+    """Raises ``CheckpointError`` on every rank if a save would fail;
+    every rank calls it.
 
     Returns the bytes of one save, in this rank's folder.
     """
@@ -102,8 +102,8 @@ def check(ranks: RankGroup, nodes: Nodes, run: Path, contents: SaveContents) -> 
 
 
 def _companion_bytes(trial: Path, rank: int, contents: SaveContents) -> int:
-    """Bytes of what lies beside the states: random states, configuration, tokenizer, a
-    script."""
+    """Bytes of what lies beside the states:
+    random states, configuration, tokenizer, a script."""
     folder = trial / "beside"
     folder.mkdir()
     if contents.has_states:
@@ -152,8 +152,8 @@ def folder_bytes(
 
 
 def min_checkpoints(retention: Retention | None) -> int:
-    """Checkpoints that a run keeps at least, by its rules; what ``every`` adds has no
-    bound."""
+    """Checkpoints that a run keeps at least,
+    by its rules; what ``every`` adds has no bound."""
     if retention is None:
         return 1
     best = retention.best[2] if retention.best else 0
@@ -179,8 +179,8 @@ def _try_to_reserve(trial: Path, nbytes: int) -> None:
 
 
 def _require_all(run: Path, save_bytes: int, count: int, line: Line | None) -> None:
-    """Raises unless what retention keeps, and the one being made, fit beside what is
-    there."""
+    """Raises unless what retention keeps,
+    and the one being made, fit beside what is there."""
     free_bytes = local.free_space(run)
     present = pruning.originals(members(Run(run).checkpoints(), line))
     present_bytes = sum(checkpoint.nbytes for checkpoint in present)

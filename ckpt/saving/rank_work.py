@@ -1,5 +1,5 @@
-"""The work of one rank in one save, at once or later, from the states or from copies of
-them."""
+"""The work of one rank in one save, at once or later,
+from the states or from copies of them."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class RankWork:
         return sum(state.size(path) for path, state in self.states)
 
     def copy(self, memory: HostCopies) -> None:
-        """Copies what has to be written, the last first, as far as the memory's budget
-        goes.
+        """Copies what has to be written, the last first,
+        as far as the memory's budget goes.
 
         The rest is what ``write`` begins with; ``state_released`` is set when it is
         behind that. Weights that do not fit are written here.
@@ -92,8 +92,8 @@ class RankWork:
         self.state_released.set()
 
     def write(self) -> None:
-        """Writes everything, on disk when it returns; ``heartbeat`` is called now and
-        then."""
+        """Writes everything,
+        on disk when it returns; ``heartbeat`` is called now and then."""
         try:
             for path, state in self.states:
                 name = path.relative_to(self.folder).as_posix()

@@ -1,5 +1,5 @@
-"""The training that a ``Saver`` saves, whatever trains: DeepSpeed's engines, or plain
-torch."""
+"""The training that a ``Saver`` saves, whatever trains: DeepSpeed's engines,
+or plain torch."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class SaverOptions(TypedDict, total=False):
 
 
 class SavedTraining(Protocol):
-    """All that a ``Saver`` asks of what it saves; every rank calls each in the same
-    order."""
+    """All that a ``Saver`` asks of what it saves;
+    every rank calls each in the same order."""
 
     @property
     def first(self) -> EngineView:
@@ -121,8 +121,8 @@ def of(
     optimizer: Any,
     scheduler: Any,
 ) -> SavedTraining:
-    """The arguments as one training; ``CheckpointError`` for an engine and a model, and
-    for neither."""
+    """The arguments as one training; ``CheckpointError`` for an engine and a model,
+    and for neither."""
     require_either(engine, model, optimizer, scheduler)
     if engine is not None:
         return EngineStates(engine)
@@ -134,8 +134,8 @@ def of(
 
 
 def require_either(engine: object, model: Any, optimizer: Any, scheduler: Any) -> None:
-    """``CheckpointError`` unless there is an engine alone, or a model; or several engines
-    by name."""
+    """``CheckpointError`` unless there is an engine alone,
+    or a model; or several engines by name."""
     if engine is None and model is None:
         raise CheckpointError(
             "neither an engine nor a model was given; give DeepSpeed's engine, or "

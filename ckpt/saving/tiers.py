@@ -1,5 +1,5 @@
-"""The tiers of a save, their names, and when each is due: all that resuming takes, or
-weights alone."""
+"""The tiers of a save, their names,
+and when each is due: all that resuming takes, or weights alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ NAMES: dict[Tier, str] = {"full": "checkpoint-{}", "weights": "weights-{}"}
 
 
 def due(every: Mapping[str, int], step: int) -> Tier | None:
-    """The tier to save at a step; ``full`` where both are due, as it holds the weights
-    too."""
+    """The tier to save at a step; ``full`` where both are due,
+    as it holds the weights too."""
     tiers = (tier for tier in NAMES if tier in every and step % every[tier] == 0)
     return next(tiers, None)
 
@@ -44,8 +44,8 @@ def steps_between_saves(every: int | Mapping[str, int] | None) -> dict[str, int]
 
 
 def require_known(weights: str | None, every: Mapping[str, int]) -> None:
-    """``CheckpointError`` for kinds of weights and steps between saves that make no
-    sense."""
+    """``CheckpointError`` for kinds of weights
+    and steps between saves that make no sense."""
     if weights is not None and weights not in KINDS:
         raise CheckpointError(
             f"weights={weights!r}, expected bf16, fp16, fp32 or None",

@@ -1,5 +1,5 @@
-"""A training of plain torch as a ``Saver`` saves it: states as a distributed checkpoint
-(DCP).
+"""A training of plain torch as a ``Saver`` saves it:
+states as a distributed checkpoint (DCP).
 
     .metadata                what lies where, written by rank 0 when all ranks have written
     __R_0.distcp             what rank R writes
@@ -84,8 +84,8 @@ class TorchStates:
         )
 
     def weights(self, kind: str, max_shard_size: str | int, ranks: RankGroup) -> WeightsWriter:
-        """``CheckpointError``: a loadable model is made of the checkpoint, not beside
-        it."""
+        """``CheckpointError``:
+        a loadable model is made of the checkpoint, not beside it."""
         raise CheckpointError(
             f"weights={kind!r} is for trainings with DeepSpeed; ckpt to-fp32 makes a model of a "
             "checkpoint of this one, and ckpt push publishes it",
@@ -107,8 +107,8 @@ class TorchStates:
         tokenizer: Any = None,
         exclude_frozen_parameters: bool = False,
     ) -> RankWork:
-        """This rank's part of a save, not yet written but for small files; every rank
-        calls it.
+        """This rank's part of a save,
+        not yet written but for small files; every rank calls it.
 
         ``CheckpointError`` on every rank if one fails, or if the disk is too small.
         """
@@ -149,8 +149,8 @@ def _is_frozen(leaf: leaves.StateLeaf) -> bool:
 
 
 def _with_plain_dicts(value: Any) -> Any:
-    """The same without classes derived from dict: the milestones of MultiStepLR are a
-    Counter."""
+    """The same without classes derived from dict:
+    the milestones of MultiStepLR are a Counter."""
     if isinstance(value, Mapping):
         return {key: _with_plain_dicts(entry) for key, entry in value.items()}
     return [*map(_with_plain_dicts, value)] if type(value) is list else value

@@ -103,8 +103,8 @@ def _form(dtype: torch.dtype, shape: tuple[int, ...]) -> _Form:
 
 
 class _TensorItem(NamedTuple):
-    """A tensor's item in its file; ``number`` is the place of its elements in
-    ``storages``."""
+    """A tensor's item in its file;
+    ``number`` is the place of its elements in ``storages``."""
 
     offset: int
     form: _Form
@@ -112,8 +112,8 @@ class _TensorItem(NamedTuple):
 
 
 class DistcpFile:
-    """The file that one rank writes of a distributed checkpoint; see
-    ``torch_file.Captured``.
+    """The file that one rank writes
+    of a distributed checkpoint; see ``torch_file.Captured``.
 
     ``storages`` are the elements of large tensors as vectors of bytes: what is done to a
     tensor before ``write`` is written.
@@ -188,8 +188,8 @@ class DistcpFile:
         return item.offset + len(item.form.head) + self.storages[index].nbytes
 
     def replace(self, index: int, copy: memoryview) -> None:
-        """Takes the elements of a tensor from ``copy``; ``ValueError`` unless it has as
-        many."""
+        """Takes the elements of a tensor from ``copy``;
+        ``ValueError`` unless it has as many."""
         if copy.nbytes != self.storages[index].nbytes:
             raise ValueError(f"tensor {index} has another size than its copy, {copy.nbytes}")
         self.storages[index] = copy.cast("B") if copy.nbytes else copy
@@ -216,8 +216,8 @@ class DistcpFile:
 
 
 class _ItemBlocks(Blocks):
-    """The blocks of a ``.distcp`` file; ``file_crc`` is that of all of them when they
-    are taken."""
+    """The blocks of a ``.distcp`` file;
+    ``file_crc`` is that of all of them when they are taken."""
 
     def __init__(self, file: DistcpFile):
         devices = {storage.device for storage in file.storages if isinstance(storage, torch.Tensor)}

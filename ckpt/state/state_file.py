@@ -10,8 +10,8 @@ from ckpt.runs.digests import FileRecord, Progress, quiet
 
 
 class StateFile(Protocol):
-    """The methods that a save asks of a file: of ``torch.save`` (``torch_file``), of
-    DCP (``distcp_file``)."""
+    """The methods that a save asks of a file:
+    of ``torch.save`` (``torch_file``), of DCP (``distcp_file``)."""
 
     @property
     def storages(self) -> Sequence[Any]:

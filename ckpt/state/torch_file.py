@@ -182,8 +182,8 @@ class _Pickler(pickle.Pickler):
         self.types: dict[int, torch.dtype] = {}  # by address
 
     def persistent_id(self, value: Any) -> tuple[str, Any, str, str, int] | None:
-        """The name of a storage in the pickle; strings are shared as torch shares
-        them."""
+        """The name of a storage in the pickle;
+        strings are shared as torch shares them."""
         if isinstance(value, torch.storage.TypedStorage):
             storage, dtype = value._untyped_storage, value.dtype
             numel = value._size()  # type: ignore[no-untyped-call]

@@ -1,5 +1,5 @@
-"""A training of plain torch (FSDP2, DDP, or one process) as a distributed checkpoint
-(DCP).
+"""A training of plain torch (FSDP2, DDP,
+or one process) as a distributed checkpoint (DCP).
 
 training    model, optimizer and scheduler as one, seen as the front ends see an engine
 measured    the same, with the size that a save will have

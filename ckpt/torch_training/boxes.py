@@ -24,8 +24,8 @@ MIN_CUT_BYTES = 1 << 20  # of a tensor on all ranks that is cut for them; an ite
 
 
 class LocalBox(NamedTuple):
-    """A part of a tensor: its first element on each axis, its shape, and its values
-    here."""
+    """A part of a tensor: its first element on each axis, its shape,
+    and its values here."""
 
     offsets: Shape
     sizes: Shape
@@ -108,8 +108,8 @@ class Owners:
         return count == 1 or self._emptiest(count, value.nbytes) == position
 
     def _emptiest(self, count: int, nbytes: int) -> int:
-        """Which of so many replicas writes a tensor: the one that has the fewest bytes
-        so far."""
+        """Which of so many replicas writes a tensor:
+        the one that has the fewest bytes so far."""
         totals = self.replica_bytes.setdefault(count, [0] * count)
         index = totals.index(min(totals))
         totals[index] += nbytes

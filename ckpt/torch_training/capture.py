@@ -1,5 +1,5 @@
-"""This rank's part of a save: what it writes of each tensor, taken down, and where it
-will lie.
+"""This rank's part of a save: what it writes of each tensor, taken down,
+and where it will lie.
 
 A rank's notes are what rank 0 makes ``.metadata`` of (``description``): JSON, as they go
 through the store of the process group.
@@ -24,8 +24,8 @@ FILENAME = "__{}_0.distcp"  # of a rank
 
 
 class LeafForm(NamedTuple):
-    """A leaf without its values: its path and, of a tensor, its type by torch and its
-    shape."""
+    """A leaf without its values: its path and,
+    of a tensor, its type by torch and its shape."""
 
     path: tuple[str | int, ...]
     dtype: str | None = None
@@ -47,8 +47,8 @@ class RankFile(NamedTuple):
 
 @torch.no_grad()
 def part_of(leaves: Sequence[StateLeaf], rank: int, world: int) -> RankFile:
-    """The part of the leaves that ``rank`` of ``world`` writes; it copies nothing but
-    small values.
+    """The part of the leaves that ``rank`` of ``world`` writes;
+    it copies nothing but small values.
 
     ``CheckpointError`` for a tensor that cannot be saved; raises what the pickler
     raises.
@@ -75,8 +75,8 @@ def part_of(leaves: Sequence[StateLeaf], rank: int, world: int) -> RankFile:
 
 
 def _form(leaf: StateLeaf) -> LeafForm:
-    """``CheckpointError`` for a tensor of a type that ``.metadata`` of ours does not
-    describe."""
+    """``CheckpointError`` for a tensor of a type
+    that ``.metadata`` of ours does not describe."""
     if not leaf.is_tensor:
         return LeafForm(leaf.path)
     name = str(leaf.value.dtype).removeprefix("torch.")

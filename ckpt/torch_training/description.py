@@ -1,5 +1,5 @@
-"""``.metadata`` of a save, from the notes of all ranks; rank 0 writes it when all have
-written."""
+"""``.metadata`` of a save,
+from the notes of all ranks; rank 0 writes it when all have written."""
 
 from __future__ import annotations
 

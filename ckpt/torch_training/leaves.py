@@ -1,5 +1,5 @@
-"""The state dict of a training, leaf by leaf, with the keys that torch's own functions
-give it.
+"""The state dict of a training, leaf by leaf,
+with the keys that torch's own functions give it.
 
     model.NAME                          parameters and persistent buffers
     optimizer.state.NAME.exp_avg        what the optimizer keeps for a parameter

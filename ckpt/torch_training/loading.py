@@ -1,5 +1,5 @@
-"""A distributed checkpoint into a training of plain torch: each rank reads the bytes of
-its part.
+"""A distributed checkpoint into a training of plain torch:
+each rank reads the bytes of its part.
 
     states = SavedStates.read(folder)        what is there; nothing of a tensor is read
     plan = require_fit(states, training)      names, shapes and types, before anything is touched
@@ -237,8 +237,8 @@ def load_optimizer(states: SavedStates, plan: LoadPlan) -> None:
 
 
 def _options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group as they were saved; what only this optimizer has as it is
-    here."""
+    """The options of a group as they were saved;
+    what only this optimizer has as it is here."""
     options = {key: value for key, value in group.items() if key != leaves.PARAMS}
     for key, value in saved.items():
         current = options.get(key)
@@ -277,8 +277,8 @@ def _value(states: SavedStates, leaf: str, parameter: torch.Tensor) -> Any:
 
 
 def fill(states: SavedStates, leaf: str, box: LocalBox) -> None:
-    """Reads a box of a tensor into its values; ``CheckpointError`` if the chunks lack a
-    part."""
+    """Reads a box of a tensor into its values;
+    ``CheckpointError`` if the chunks lack a part."""
     stored = states.stored(leaf)
     filled = 0
     for chunk in stored.chunks:

@@ -13,8 +13,8 @@ class MeasuredTraining(TorchTraining):
     """A ``PlainView``: it says how large a save will be."""
 
     def state_bytes(self) -> int:
-        """Bytes of the state files that this rank will write, with what the optimizer
-        will keep."""
+        """Bytes of the state files that this rank will write,
+        with what the optimizer will keep."""
         rank = dist.get_rank() if dist.is_initialized() else 0
         world = dist.get_world_size() if dist.is_initialized() else 1
         state_leaves = leaves.of_training(self, 0)

@@ -1,5 +1,5 @@
-"""Model, optimizer and scheduler of a plain torch training, seen as front ends see an
-engine."""
+"""Model, optimizer and scheduler of a plain torch training,
+seen as front ends see an engine."""
 
 from __future__ import annotations
 

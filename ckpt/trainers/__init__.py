@@ -1,5 +1,5 @@
-"""Savers for trainers: ``hf``, ``accelerate``, ``lightning``; each loaded when it is
-first used.
+"""Savers for trainers: ``hf``, ``accelerate``,
+``lightning``; each loaded when it is first used.
 
 accelerate_plain   Accelerate without DeepSpeed
 lightning_folders  what ModelCheckpoint saves into;  lightning_resume  a fit that goes on

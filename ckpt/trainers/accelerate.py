@@ -1,5 +1,5 @@
-"""Accelerate's ``save_state``, whole or absent, and its ``load_state`` from the newest
-whole one.
+"""Accelerate's ``save_state``, whole or absent,
+and its ``load_state`` from the newest whole one.
 
     path = ckpt.trainers.accelerate.save_state(accelerator, "out", metrics={"eval_loss": 1.9})
     step = ckpt.trainers.accelerate.load_state(accelerator, "out")         0 if there is none yet
@@ -68,8 +68,8 @@ def save_state(
     timeout: float = TIMEOUT,
     **save_model_func_kwargs: Any,
 ) -> Path:
-    """Saves as RUN/checkpoint-STEP what ``accelerator.save_state`` saves, and returns
-    that folder.
+    """Saves as RUN/checkpoint-STEP what ``accelerator.save_state`` saves,
+    and returns that folder.
 
     Every rank calls it, between two steps.
 

@@ -70,8 +70,8 @@ def require_saveable(engine: PlainEngine, step: int | None, weights: str | None)
 
 
 def require_loadable(request: ResumeRequest) -> None:
-    """``CheckpointError`` for what is asked to be otherwise and only DeepSpeed's states
-    can be."""
+    """``CheckpointError`` for what is asked
+    to be otherwise and only DeepSpeed's states can be."""
     options = request.options
     for name, is_asked in (
         ("renamed", bool(options.renamed)),
@@ -137,8 +137,8 @@ def _choose(request: ResumeRequest) -> RunCheckpoint | None:
 
 
 def _step_of(checkpoint: RunCheckpoint) -> int:
-    """The step of a checkpoint; ``CheckpointError`` if neither manifest nor name says
-    it."""
+    """The step of a checkpoint;
+    ``CheckpointError`` if neither manifest nor name says it."""
     if checkpoint.step is None:
         raise CheckpointError(
             f"{checkpoint.folder} was written without ckpt, and nothing in it says of which step "

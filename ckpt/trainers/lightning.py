@@ -115,8 +115,8 @@ class DeepSpeedStrategy(Stock):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """Saves as Lightning does, under the same name, and commits; every rank calls
-        it.
+        """Saves as Lightning does, under the same name,
+        and commits; every rank calls it.
 
         ``CheckpointError`` on every rank if one fails; what had that name before is
         untouched.
@@ -229,8 +229,8 @@ class DeepSpeedStrategy(Stock):
         return lock
 
     def _loadable(self, ranks: RankGroup, path: Path) -> Path:
-        """``path``, or its resharding for these ranks; ``CheckpointError`` if neither
-        loads."""
+        """``path``, or its resharding for these ranks;
+        ``CheckpointError`` if neither loads."""
         layout = Layout.of_engine(self.deepspeed_engine, ranks.world)
         return topology.loadable(ranks, path, layout, self._reshard, BY_ARGUMENT)
 

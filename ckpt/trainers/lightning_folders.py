@@ -1,5 +1,5 @@
-"""Folders that Lightning's ModelCheckpoint saves into: which is best, which is whole,
-deletion.
+"""Folders that Lightning's ModelCheckpoint saves into:
+which is best, which is whole, deletion.
 
 Source: Lightning 2.6.6 ``pytorch/callbacks/model_checkpoint.py``.
 """
@@ -24,8 +24,8 @@ log = logging.getLogger("ckpt")
 
 
 def checkpoint_folders(trainer: Any) -> list[Path]:
-    """The folders that the ModelCheckpoints save to; Lightning makes them the same on
-    all ranks."""
+    """The folders that the ModelCheckpoints save to;
+    Lightning makes them the same on all ranks."""
     callbacks = trainer.checkpoint_callbacks
     paths = [getattr(callback, "dirpath", None) for callback in callbacks]
     local_paths = [path for path in paths if path and not is_remote(path)]
@@ -39,8 +39,8 @@ def is_remote(path: Any) -> bool:
 
 
 def point_best(run: Run, trainer: Any) -> None:
-    """Makes ``best`` name the best of the first ModelCheckpoint that watches a metric
-    here."""
+    """Makes ``best`` name the best
+    of the first ModelCheckpoint that watches a metric here."""
     for callback in trainer.checkpoint_callbacks:
         best = getattr(callback, "best_model_path", "")
         if not getattr(callback, "monitor", None) or not best or is_remote(best):
@@ -142,6 +142,6 @@ def remove(path: Path) -> None:
 
 
 def _is_deleted_with(folder: Path, path: Path) -> bool:
-    """Whether ``folder`` stops being a checkpoint when ``path`` is deleted: links to it
-    too."""
+    """Whether ``folder`` stops being a checkpoint
+    when ``path`` is deleted: links to it too."""
     return folder == path or (not path.is_symlink() and folder.samefile(path))

@@ -1,5 +1,5 @@
-"""A fit of Lightning that goes on, compared with what was saved before its engine is
-touched.
+"""A fit of Lightning that goes on,
+compared with what was saved before its engine is touched.
 
 Source: Lightning 2.6.6 ``pytorch/strategies/deepspeed.py: load_checkpoint``,
 ``trainer/connectors/checkpoint_connector.py`` (schedulers are restored after the
@@ -63,8 +63,8 @@ class FitResume:
 
     @classmethod
     def of(cls, path: Path, trainer: Any, options: LoadOptions) -> FitResume | None:
-        """The resume from ``path``; ``None`` where nothing was noted, or outside of a
-        fit."""
+        """The resume from ``path``; ``None`` where nothing was noted,
+        or outside of a fit."""
         checkpoint = open_checkpoint(path)
         if (
             checkpoint.manifest is None
@@ -86,8 +86,8 @@ class FitResume:
             yield readers[0]
 
     def finish(self, ranks: RankGroup, on_mismatch: OnMismatch, reader: Mapped) -> None:
-        """Logs the table after the load; raises on every rank if counters did not come
-        back."""
+        """Logs the table after the load;
+        raises on every rank if counters did not come back."""
         comparison = self.comparison
         assert comparison is not None
         if not ranks.rank:

@@ -11,8 +11,8 @@ def write_as_stored() -> str:
 
 
 def tensors_as_stored() -> str:
-    """The option that writes the tensors of an adapter that is not written as PEFT has
-    it."""
+    """The option that writes the tensors of an adapter
+    that is not written as PEFT has it."""
     return f"{NAMES('as-stored')} writes the tensors under the names of the checkpoint"
 
 

@@ -1,5 +1,5 @@
-"""Arguments of functions for users: element types, sizes, and messages that name
-arguments."""
+"""Arguments of functions for users: element types, sizes,
+and messages that name arguments."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def naming_arguments(*arguments: str, **values: str) -> Iterator[None]:
 
 
 def dtype_name(dtype: object) -> str:
-    """The key of ``DTYPES`` for an element type, under any name that torch or users have
-    for it.
+    """The key of ``DTYPES`` for an element type,
+    under any name that torch or users have for it.
 
     "bfloat16", "torch.bfloat16" and ``torch.bfloat16`` are "bf16". ``CheckpointError``
     (refused) for anything else.
@@ -46,8 +46,8 @@ def dtype_name(dtype: object) -> str:
 
 
 def known_dtype(dtype: object) -> str | None:
-    """The key of ``DTYPES`` for an element type; ``None`` for what is not a type to
-    write."""
+    """The key of ``DTYPES`` for an element type;
+    ``None`` for what is not a type to write."""
     return DTYPE_NAMES.get(str(dtype).removeprefix("torch.").lower())
 
 

@@ -89,8 +89,8 @@ class View:
         return computed(source.dtype, shape, (source,), recipe, formula, proofs=proofs)
 
     def _plain(self, shape: Sizes) -> TensorRef | None:
-        """The same where the elements need not be gathered, with its replicas; else
-        ``None``."""
+        """The same where the elements need not be gathered,
+        with its replicas; else ``None``."""
         arranged = self._of_runs(shape)
         if arranged is None or not self.source.replicas:
             return arranged
@@ -102,8 +102,8 @@ class View:
         return replace(arranged, replicas=present_replicas) if is_whole else None
 
     def _of_runs(self, shape: Sizes) -> TensorRef | None:
-        """The same of the source alone, where a few long runs of it are all that there
-        is."""
+        """The same of the source alone,
+        where a few long runs of it are all that there is."""
         source = self.source
         sizes, strides = _collapsed(self.shape, self.strides)
         if sizes == (source.numel,) and strides == (1,):
@@ -155,8 +155,8 @@ def proven(tensor: TensorRef, copy: TensorRef) -> TensorRef:
 
 
 def _pairs(tensor: TensorRef, copy: TensorRef) -> Iterator[tuple[TensorRef, TensorRef]]:
-    """The inputs of two tensors that are arranged alike, down to those that lie in
-    files."""
+    """The inputs of two tensors that are arranged alike,
+    down to those that lie in files."""
     is_arranged = isinstance(tensor, Computed) and isinstance(copy, Computed)
     if not is_arranged:
         if not isinstance(tensor, Computed) and not isinstance(copy, Computed):

@@ -1,5 +1,5 @@
-"""Makes numpy's matrix products, of OpenBLAS as numpy ships it, give the same bits
-every time.
+"""Makes numpy's matrix products,
+of OpenBLAS as numpy ships it, give the same bits every time.
 
 A product of two small matrices may round otherwise with another kernel, and some kernels
 round otherwise where the work is cut for threads. With one thread and kernels for

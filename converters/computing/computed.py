@@ -28,12 +28,12 @@ class Inputs(Protocol):
     """The object that a formula reads its inputs by (``inputs.InputReader``)."""
 
     def __call__(self, tensor: TensorRef, start: int, count: int) -> Array:
-        """``count`` elements of an input from element ``start`` on, as a vector of its
-        type."""
+        """``count`` elements of an input from element ``start`` on,
+        as a vector of its type."""
 
     def into(self, elements: Array, tensor: TensorRef, start: int) -> None:
-        """Fills a vector with the elements of an input from ``start`` on, in the
-        vector's type."""
+        """Fills a vector with the elements of an input from ``start`` on,
+        in the vector's type."""
 
     def room(self, name: str, dtype: np.dtype[Any], count: int) -> Array:
         """A vector that is valid until the same room is asked for again."""
@@ -88,8 +88,8 @@ class Computed(TensorRef):
         raise TypeError(f"a computed tensor ({self.recipe}) has no bytes: it cannot be narrowed")
 
     def elements(self, start: int, count: int, inputs: Inputs) -> Array:
-        """``count`` elements from ``start`` on, as a vector, in the type of the
-        tensor."""
+        """``count`` elements from ``start`` on,
+        as a vector, in the type of the tensor."""
         assert self.formula is not None
         return self.formula.elements(start, count, inputs)
 
@@ -120,8 +120,8 @@ class _Part(NamedTuple):
 
 
 def narrowed(tensor: TensorRef, start: int, shape: tuple[int, ...]) -> TensorRef:
-    """The elements of a tensor from ``start`` on, as many as ``shape`` has, computed
-    ones too."""
+    """The elements of a tensor from ``start`` on,
+    as many as ``shape`` has, computed ones too."""
     if not isinstance(tensor, Computed):
         return tensor.narrow(start, prod(shape)).view(*shape)
     recipe = f"elements from {start} on"

@@ -79,8 +79,8 @@ class StridedElements:
     def boxes(
         self, dim: int, offset: int, start: int, stop: int
     ) -> Iterator[tuple[int, Sizes, Sizes]]:
-        """Elements ``start`` to ``stop`` as boxes: where each begins, its sizes and
-        steps."""
+        """Elements ``start`` to ``stop`` as boxes:
+        where each begins, its sizes and steps."""
         if dim == len(self.sizes):
             yield offset, (1,), (1,)
             return

@@ -35,8 +35,8 @@ class Factors:
         self.lock = RLock()  # making one may need another
 
     def get(self, key: Hashable, owner: object, make: Callable[[], Array]) -> Array:
-        """The array of this key, made now if it is not there. ``owner`` stays alive with
-        it."""
+        """The array of this key, made now if it is not there.
+        ``owner`` stays alive with it."""
         with self.lock:
             self.used[key] = self.turn
             if key in self.arrays:
@@ -57,8 +57,8 @@ class Factors:
         self.used.pop(key, None)
 
     def advance(self, offset: int) -> None:
-        """A tensor at this place of the output begins; one that was passed already does
-        not."""
+        """A tensor at this place of the output begins;
+        one that was passed already does not."""
         with self.lock:
             if offset <= self.furthest:
                 return
@@ -93,8 +93,8 @@ class InputReader:
         self.copies = {id(tensor): copy for tensor, copy in proofs}
 
     def __call__(self, tensor: TensorRef, start: int, count: int) -> Array:
-        """``count`` elements of an input from element ``start`` on, as a vector of its
-        type."""
+        """``count`` elements of an input from element ``start`` on,
+        as a vector of its type."""
         if isinstance(tensor, Computed):
             return self.compute(tensor, start, count)
         elements = np.empty(count, cast.numpy_dtype(tensor.dtype))
@@ -102,8 +102,8 @@ class InputReader:
         return elements
 
     def into(self, elements: Array, tensor: TensorRef, start: int) -> None:
-        """Fills a vector with the elements of an input from ``start`` on, in the
-        vector's type."""
+        """Fills a vector with the elements of an input from ``start`` on,
+        in the vector's type."""
         if isinstance(tensor, Computed):
             cast.convert(self.compute(tensor, start, len(elements)), elements)
             return
@@ -180,8 +180,8 @@ class InputReader:
 
 
 def octets(elements: Array, tensor: TensorRef, count: int) -> memoryview:
-    """The bytes of ``count`` computed elements; ``ValueError`` for others than
-    promised."""
+    """The bytes of ``count`` computed elements;
+    ``ValueError`` for others than promised."""
     if elements.dtype != cast.numpy_dtype(tensor.dtype) or elements.shape != (count,):
         raise ValueError(
             f"a formula gave {elements.dtype} ({words.shape(elements.shape)}), expected "
@@ -191,8 +191,8 @@ def octets(elements: Array, tensor: TensorRef, count: int) -> memoryview:
 
 
 def load(tensor: TensorRef) -> Array:
-    """The elements of a tensor, computed ones too, as a vector in memory of its own,
-    read now."""
+    """The elements of a tensor, computed ones too,
+    as a vector in memory of its own, read now."""
     return part(tensor, 0, tensor.numel)
 
 

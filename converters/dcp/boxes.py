@@ -17,8 +17,8 @@ from converters.words import counted
 
 
 class LocatedTensor(NamedTuple):
-    """A tensor and the records that it lies in; for one that is not read ``reason`` says
-    why."""
+    """A tensor and the records that it lies in;
+    for one that is not read ``reason`` says why."""
 
     tensor: TensorRef | None
     checksums: tuple[Checksum, ...] = ()

@@ -30,8 +30,8 @@ class DcpState:
 
     @cached_property
     def leaves(self) -> Sequence[Leaf]:
-        """The leaves in the order of the planner's keys, then those that it has none
-        for."""
+        """The leaves in the order of the planner's keys,
+        then those that it has none for."""
         tensors, objects, keys = self.description[1:4]
         names = dict.fromkeys((*keys, *tensors, *objects))
         stored = [name for name in names if name in tensors or name in objects]
@@ -59,8 +59,8 @@ class DcpState:
         return dict.fromkeys(sorted({place.path for place in self._places(names)}))
 
     def cut_file(self, names: Iterable[str]) -> str | None:
-        """A line on a file that ends before a leaf of these does; ``None`` where none is
-        cut short.
+        """A line on a file that ends before a leaf of these does;
+        ``None`` where none is cut short.
 
         ``CheckpointError`` for a file that is not there.
         """

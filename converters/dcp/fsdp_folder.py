@@ -34,8 +34,8 @@ _MODEL_PART = LazyPattern(r"pytorch_model_fsdp(?:_(\d{1,9}))?(_rank\d+)?(\.bin)?
 
 @open_files.once()
 def read(path: Path, tag: str | None = None, complete: bool = False) -> ShardedCheckpoint:
-    """A folder with FSDP's model, or that of the model itself; the optimizer lies beside
-    it.
+    """A folder with FSDP's model,
+    or that of the model itself; the optimizer lies beside it.
 
     Without ``complete`` a missing or damaged optimizer is noted, and the weights are
     read. ``CheckpointError`` for what is damaged or incomplete.

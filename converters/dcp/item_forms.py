@@ -1,5 +1,5 @@
-"""Whether the items of ``.distcp`` files are what ``.metadata`` says: zips of
-``torch.save``.
+"""Whether the items of ``.distcp`` files are what ``.metadata`` says:
+zips of ``torch.save``.
 
     PK 03 04 ... PK 05 06 ...    an item, from its first byte to its last
     length, 8 bytes | {          of SerializationFormat.SAFETENSORS: has no checksum
@@ -68,8 +68,8 @@ def _form(file: File, place: ItemPlace) -> str | None:
 
 @open_files.once()
 def faults(folder: Path) -> dict[Path, str]:
-    """A line for each file with an item that is not of the form, type or shape that is
-    described.
+    """A line for each file with an item that is not of the form,
+    type or shape that is described.
 
     Reads both ends of every item. ``CheckpointError`` for a damaged ``.metadata``.
     """
@@ -91,8 +91,8 @@ def faults(folder: Path) -> dict[Path, str]:
 
 
 def _note(lines: dict[Path, str], place: ItemPlace, read: Callable[[], object]) -> None:
-    """Reads an item; notes the fault of its file, if it has not the form or is no such
-    tensor."""
+    """Reads an item; notes the fault of its file,
+    if it has not the form or is no such tensor."""
     try:
         read()
     except CheckpointError as error:

@@ -31,8 +31,8 @@ _END_BYTES = 1 << 10  # of an item; torch writes about 700 bytes on either side 
 
 
 class LocatedItem(NamedTuple):
-    """A tensor and the records that its bytes lie in; for an unusual one, why it is not
-    read."""
+    """A tensor and the records that its bytes lie in;
+    for an unusual one, why it is not read."""
 
     tensor: TensorRef | None
     checksums: tuple[Checksum, ...] = ()

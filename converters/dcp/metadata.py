@@ -58,8 +58,8 @@ MAX_SHARED_BYTES = 4096
 
 @dataclass(frozen=True)  # without slots: ``open_files`` refers to it weakly
 class _RankDescription:
-    """The content of one ``.metadata``; ``homeless`` are offsets of a chunk that is not
-    stored."""
+    """The content of one ``.metadata``;
+    ``homeless`` are offsets of a chunk that is not stored."""
 
     path: Path
     tensors: Mapping[str, StoredTensor]
@@ -90,8 +90,8 @@ def read(folder: Path) -> Description:
 
 
 def item_places(folder: Path) -> Iterator[ItemPlace]:
-    """Where all items of a folder lie, those too that several ranks have; raises as
-    ``read``."""
+    """Where all items of a folder lie,
+    those too that several ranks have; raises as ``read``."""
     for rank in _ranks(folder):
         yield from rank.objects.values()
         for tensor in rank.tensors.values():
@@ -280,8 +280,8 @@ def _key_text(key: Any) -> str:
 def _joined(
     path: Path, name: str, before: StoredTensor | None, tensor: StoredTensor
 ) -> StoredTensor:
-    """A tensor with the chunks of another rank, too; of replicas the first rank's are
-    read."""
+    """A tensor with the chunks of another rank, too;
+    of replicas the first rank's are read."""
     if before is None:
         return tensor
     if before[:2] != tensor[:2]:
@@ -309,8 +309,8 @@ def _require_homes(rank: _RankDescription, tensors: Mapping[str, StoredTensor]) 
 def _require_apart(
     folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, ItemPlace]
 ) -> None:
-    """``CheckpointError`` where two items share bytes, but for one item under a few
-    names."""
+    """``CheckpointError`` where two items share bytes,
+    but for one item under a few names."""
     places = [(chunk.place, name) for name, tensor in tensors.items() for chunk in tensor.chunks]
     places += [(place, name) for name, place in objects.items()]
     places.sort(key=lambda item: (str(item[0].path), item[0].offset, item[0].nbytes))

@@ -83,8 +83,8 @@ class SavedOptimizer:
         }
 
     def groups(self) -> tuple[ParameterGroup, ...]:
-        """The groups in their order; parameters with the same flattened hyperparameters
-        are one."""
+        """The groups in their order;
+        parameters with the same flattened hyperparameters are one."""
         values = {
             owner: {key: self._plain(leaf) for key, leaf in fields.items()}
             for owner, fields in self.leaves.groups.items()
@@ -101,8 +101,8 @@ class SavedOptimizer:
         return _grouped(values)
 
     def _name(self, name: str) -> str:
-        """A name in a group as the states have it, which may have other pieces of
-        wrappers."""
+        """A name in a group as the states have it,
+        which may have other pieces of wrappers."""
         if name in self.leaves.states:
             return name
         return self._names_by_short_name.get(without_wrappers(name), name)

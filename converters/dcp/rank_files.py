@@ -154,8 +154,8 @@ def _placed(pieces: Sequence[RankPiece]) -> tuple[Shape, list[tuple[Box, TorchFi
 
 
 def _shards(record: Call) -> Iterator[Box]:
-    """The shards of a ShardedTensor that a rank has (``__getstate__``: first the local
-    ones)."""
+    """The shards of a ShardedTensor that a rank has (``__getstate__``:
+    first the local ones)."""
     state = record.state
     shards = state[0] if isinstance(state, tuple) and state else None
     if not isinstance(shards, list):
@@ -203,8 +203,8 @@ class _DTensorSpec(NamedTuple):
         return _DTensorSpec(tensor, tuple(map(_placement, placements)), coordinate, mesh_shape)
 
     def box(self, shape: Shape, counts: Sequence[int]) -> Box:
-        """The part, placed in the tensor. ``counts`` are the ranks on each axis of the
-        mesh.
+        """The part, placed in the tensor.
+        ``counts`` are the ranks on each axis of the mesh.
 
         A strided shard is cut after the axes behind it have cut the same dimension: FSDP
         of what tensor parallelism cut before.

@@ -145,8 +145,8 @@ def require_complete(optimizer: SavedOptimizer | None) -> None:
 
 
 def _require_names(state: SavedState, layout: StateLayout) -> None:
-    """``CheckpointError`` where there are no weights, or those of layers are flat
-    vectors."""
+    """``CheckpointError`` where there are no weights,
+    or those of layers are flat vectors."""
     if not layout.model:
         states = (
             ", but the states of an optimizer; name the folder that the model was saved in"

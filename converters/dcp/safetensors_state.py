@@ -1,5 +1,5 @@
-"""Chunks of tensors in safetensors files, as torch's HuggingFaceStorageWriter writes
-them.
+"""Chunks of tensors in safetensors files,
+as torch's HuggingFaceStorageWriter writes them.
 
     shard-0000R-model-0000N-of-0000M.safetensors
         __metadata__    DCP_SHARDING_INFO: {NAME: {"saved_offsets": [...]}} as a text
@@ -124,8 +124,8 @@ class SafetensorsState:
 
 
 def _joined(name: str, boxes_there: Sequence[Box]) -> Box:
-    """The box of a place with its replicas, which are compared whole while the tensor is
-    moved.
+    """The box of a place with its replicas,
+    which are compared whole while the tensor is moved.
 
     ``CheckpointError`` where one is of another type or shape, or differs in a sample.
     """

@@ -34,8 +34,8 @@ class SavedState(Protocol):
         """The ranks that wrote it."""
 
     def tensor(self, name: str) -> LocatedTensor:
-        """The tensor of a leaf; ``CheckpointError`` if its pieces are damaged or
-        missing."""
+        """The tensor of a leaf;
+        ``CheckpointError`` if its pieces are damaged or missing."""
 
     def value(self, name: str) -> Any:
         """The value of any other leaf, inert where it is not plain data."""
@@ -45,8 +45,8 @@ class SavedState(Protocol):
 
 
 def number_of(tensor: TensorRef) -> int | float | None:
-    """The number that a tensor of one element holds; ``None`` for types of no plain
-    number."""
+    """The number that a tensor of one element holds;
+    ``None`` for types of no plain number."""
     data = bytearray(tensor.nbytes)
     open_files.read_extents(memoryview(data), tensor.extents)
     code = _FORMATS.get(tensor.dtype)

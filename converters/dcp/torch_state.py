@@ -28,8 +28,8 @@ class NestedValue(NamedTuple):
 
 
 class TorchState:
-    """A file of ``torch.save``; see ``SavedState``. ``prefix`` are keys to stand before
-    all."""
+    """A file of ``torch.save``; see ``SavedState``.
+    ``prefix`` are keys to stand before all."""
 
     world_size = 1
 
@@ -95,8 +95,8 @@ def is_tensor(value: Any) -> bool:
 
 
 def located(value: Any, file: TorchFile) -> LocatedTensor:
-    """A tensor of a file with its records; why it is not read, for one of an unusual
-    type."""
+    """A tensor of a file with its records; why it is not read,
+    for one of an unusual type."""
     if not isinstance(value, TensorRef):
         return LocatedTensor(None, reason=odd_tensors.reason(value))
     return LocatedTensor(value, records(value, file))

@@ -69,8 +69,8 @@ def tensor_parallel(look: Look) -> str | None:
 
 
 def deepspeed(look: Look) -> str | None:
-    """State files, or a file ``latest`` or a tag that the user named, wherever that
-    leads."""
+    """State files,
+    or a file ``latest`` or a tag that the user named, wherever that leads."""
     if not look.is_folder:
         return None
     if look.tag is not None and look.state_folder is not None:
@@ -93,8 +93,8 @@ def stage(look: Look) -> str:
 
 
 def several(look: Look) -> str | None:
-    """Checkpoints or tags of DeepSpeed, of which none is the newest by a file
-    ``latest``."""
+    """Checkpoints or tags of DeepSpeed,
+    of which none is the newest by a file ``latest``."""
     if not look.is_folder:
         return None
     offer = state_folders.offer(look.path)

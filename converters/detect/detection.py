@@ -59,8 +59,8 @@ class Detection:
 
     @property
     def refusal(self) -> str | None:
-        """Why this cannot be converted, and what to do: one sentence; ``None`` if it
-        can."""
+        """Why this cannot be converted,
+        and what to do: one sentence; ``None`` if it can."""
         reason = self.kind.reason(self.evidence)
         return None if reason is None else f"{self.folder} {reason}"
 
@@ -101,8 +101,8 @@ class Detection:
         return None
 
     def read(self, complete: bool = False) -> Source:
-        """The source that the kind's reader returns; ``CheckpointError`` where no
-        reader fits."""
+        """The source that the kind's reader returns;
+        ``CheckpointError`` where no reader fits."""
         if self.kind.name == "other-file":
             raise self.unlike(f"{CHECKPOINT}, or a file of weights (.safetensors, .bin, .pt)")
         if self.kind.reader is None:
@@ -156,8 +156,8 @@ def _among(path: Name, tag: str | None, rows: Sequence[Kind]) -> Detection:
 
 
 def _without_deepspeed(look: Look) -> Path | None:
-    """The checkpoint of a Trainer or of FSDP that the file ``latest`` of a run names, if
-    any.
+    """The checkpoint of a Trainer or of FSDP
+    that the file ``latest`` of a run names, if any.
 
     ckpt writes such a file, which in a run of DeepSpeed leads to a tag.
     """
@@ -180,8 +180,8 @@ def reader(name: str) -> FormatReader:
 
 
 def require_readable(folder: Path) -> None:
-    """``CheckpointError`` for the folder of a tag whose files are of a kind not read
-    here."""
+    """``CheckpointError`` for the folder
+    of a tag whose files are of a kind not read here."""
     tag = folder.resolve().name
     look = Look(folder, tag)
     for kind in kinds.OF_TAG:

@@ -110,8 +110,8 @@ REPOSITORY = LazyPattern(
 
 
 def unpacking(path: PurePath) -> str:
-    """The advice for an archive at this path, with the command: "unpack it first (tar
-    xf X)".
+    """The advice for an archive at this path,
+    with the command: "unpack it first (tar xf X)".
 
     The command works from where the user stands, and unpacks beside the archive.
     """

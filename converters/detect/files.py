@@ -45,8 +45,8 @@ def pointer_file(look: Look) -> str | None:
 
 
 def model_file(look: Look) -> str | None:
-    """A file that lies beside weights: the config, the tokenizer, an index, a record of
-    ckpt."""
+    """A file that lies beside weights: the config,
+    the tokenizer, an index, a record of ckpt."""
     is_one = look.is_file and filenames.OF_MODEL.fullmatch(look.path.name)
     return str(look.path.parent) if is_one else None
 

@@ -1,5 +1,5 @@
-"""Weights that other libraries wrote, which nothing here reads: each is called by its
-name."""
+"""Weights that other libraries wrote,
+which nothing here reads: each is called by its name."""
 
 from __future__ import annotations
 

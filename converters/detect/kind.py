@@ -62,8 +62,8 @@ class Kind:
         return self.statement.format(evidence=evidence, expected=expected)
 
     def sentence(self, evidence: str, expected: str, remedy: str = "") -> str:
-        """The sentence on what lies there instead of what a command expects, and what
-        handles it.
+        """The sentence on what lies there instead of what a command expects,
+        and what handles it.
 
         ``expected`` is a noun with its article, such as "a run"; ``remedy`` takes the
         place of the kind's own.
@@ -99,8 +99,8 @@ class NoKindError(LookupError):
 
 
 def first(look: Look, rows: Sequence[Kind]) -> tuple[Kind, str]:
-    """The first of some kinds whose sign is seen, and what was seen; else
-    ``NoKindError``."""
+    """The first of some kinds whose sign is seen,
+    and what was seen; else ``NoKindError``."""
     for kind in rows:
         if (evidence := kind.sign(look)) is not None:
             return kind, evidence

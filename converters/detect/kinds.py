@@ -1,5 +1,5 @@
-"""The kinds of what can lie where a checkpoint is looked for: a table with a row a
-kind.
+"""The kinds of what can lie where a checkpoint is looked for:
+a table with a row a kind.
 
 The first row whose sign is seen is the kind, so the order decides: a sign that is more
 particular stands before one that takes the same paths as well. A new input format is a
@@ -34,8 +34,8 @@ def _holds(look: Look) -> str | None:
 
 
 def trouble(kind: Kind, path: Path) -> errors.Kind:
-    """The kind of an error about a path: of a folder of checkpoints, that of what it
-    holds."""
+    """The kind of an error about a path:
+    of a folder of checkpoints, that of what it holds."""
     inner = _first_inner(Look(path)) if kind in _PARENT else None
     return kind.trouble if inner is None else inner[1].trouble
 

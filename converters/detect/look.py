@@ -87,8 +87,8 @@ class Look:
 
     @property
     def begins_as_torch_save(self) -> bool:
-        """Whether the first record of a zip is a pickle, or the file is of before torch
-        1.6."""
+        """Whether the first record of a zip is a pickle,
+        or the file is of before torch 1.6."""
         if self.head.startswith(b"PK\x03\x04"):
             return b"data.pkl" in self.head[30:300]
         return first_bytes.is_legacy_torch(self.head)

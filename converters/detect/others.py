@@ -1,5 +1,5 @@
-"""The kinds that no other room reads: nothing, an empty folder, a folder of
-checkpoints."""
+"""The kinds that no other room reads: nothing,
+an empty folder, a folder of checkpoints."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def empty(look: Look) -> str | None:
 
 
 def unknown(look: Look) -> str | None:
-    """A folder of no known kind: the first names in it, and what the folders among them
-    hold."""
+    """A folder of no known kind: the first names in it,
+    and what the folders among them hold."""
     return ", ".join(map(partial(_shown, look), look.names[:3])) if look.is_folder else None
 
 

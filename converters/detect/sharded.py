@@ -66,8 +66,8 @@ def dcp(look: Look) -> str | None:
 
 
 def dcp_safetensors(look: Look) -> str | None:
-    """A distributed checkpoint of torch as safetensors, each file with pieces of
-    tensors."""
+    """A distributed checkpoint of torch as safetensors,
+    each file with pieces of tensors."""
     return look.match(filenames.DCP_SAFETENSORS)
 
 

@@ -57,8 +57,8 @@ def checkpoints_below(path: Path) -> list[str]:
 
 
 def tags_below(path: Path) -> list[str]:
-    """The tag folders in ``path``, and in folders right below it, by their relative
-    paths."""
+    """The tag folders in ``path``,
+    and in folders right below it, by their relative paths."""
     outer = _folders(path)
     inner = [f"{name}/{below}" for name in outer for below in _folders(path / name)]
     return sorted(
@@ -85,8 +85,8 @@ def _names(path: Path) -> list[str]:
 
 
 def offer(path: Path, has_option: bool = False) -> str:
-    """The paths that the user can name instead of ``path``, as the second half of a
-    sentence.
+    """The paths that the user can name instead of ``path``,
+    as the second half of a sentence.
 
     ``has_option`` says that the command has an option ``--tag``, which not every one
     has.

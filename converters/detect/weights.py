@@ -77,15 +77,15 @@ def trainer_record(look: Look) -> str | None:
 
 
 def trainer_file(look: Look) -> str | None:
-    """A file that a trainer keeps beside the weights: optimizer, random states,
-    arguments."""
+    """A file that a trainer keeps beside the weights:
+    optimizer, random states, arguments."""
     is_one = look.is_file and filenames.OF_TRAINER.fullmatch(look.path.name)
     return str(look.path.parent) if is_one and not look.is_unfinished else None
 
 
 def trainer(look: Look) -> str | None:
-    """A checkpoint of the Trainer with the optimizer in one file, and so without
-    DeepSpeed."""
+    """A checkpoint of the Trainer with the optimizer in one file,
+    and so without DeepSpeed."""
     has_optimizer = look.has([filenames.TRAINER_STATE]) and look.has(filenames.OPTIMIZERS)
     if not has_optimizer:
         return None
@@ -126,8 +126,8 @@ def torch_file(look: Look) -> str | None:
 
 
 def _model(look: Look, names: tuple[str, ...] = _MODELS) -> str | None:
-    """The file of a model's weights, or the index of its shards if none is still to
-    come."""
+    """The file of a model's weights,
+    or the index of its shards if none is still to come."""
     name = look.has(names)
     if name is None or not name.endswith(".json"):
         return name

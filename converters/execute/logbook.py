@@ -39,8 +39,8 @@ MAX_RUNS = 1_000_000  # runs of bytes in a line; with more of them none is writt
 
 @dataclass(slots=True)
 class Passage:
-    """The bytes that were seen while files were written: CRC32s of the source, and what
-    was counted.
+    """The bytes that were seen while files were written: CRC32s of the source,
+    and what was counted.
 
     ``unlike_names`` are tensors whose copy has other values, ``specials`` NaN and
     infinities by tensor and first element, ``overflowed`` numbers by tensor.
@@ -53,8 +53,8 @@ class Passage:
 
 
 class LogEntry(NamedTuple):
-    """A line of a logbook: files with their identities, and what was seen as they were
-    written.
+    """A line of a logbook: files with their identities,
+    and what was seen as they were written.
 
     ``verified`` is whether CRC32s and copies were compared, ``counted`` whether NaN and
     infinities were counted.
@@ -73,8 +73,8 @@ class Logbook:
         self.folder, self.path = path.parent, path
 
     def passages(self, verify: bool, count: bool) -> dict[str, Passage]:
-        """The passages of the files that were written, by the name of each that is
-        unchanged since.
+        """The passages of the files that were written,
+        by the name of each that is unchanged since.
 
         Files of one line have one passage. Only of lines where as much was looked at as
         ``verify`` and ``count`` ask for.
@@ -90,8 +90,8 @@ class Logbook:
         return passages
 
     def enter(self, names: Iterable[str], passage: Passage, verified: bool, counted: bool) -> None:
-        """Writes down files that are whole and on disk. Where that fails, they are
-        compared."""
+        """Writes down files that are whole and on disk.
+        Where that fails, they are compared."""
         runs = _runs(passage.ledger)
         if sum(map(len, runs.values())) > MAX_RUNS:
             return

@@ -105,8 +105,8 @@ class Ahead:
                 self.changed.notify_all()
 
     def _job(self) -> tuple[int, int] | None:
-        """The next piece to make, and the turn that it belongs to; ``None`` at the
-        end."""
+        """The next piece to make,
+        and the turn that it belongs to; ``None`` at the end."""
         with self.changed:
             while True:
                 if self.ended or self.failure is not None:

@@ -1,5 +1,5 @@
-"""Comparing what several ranks have of the same tensor, where only one of them is
-written."""
+"""Comparing what several ranks have of the same tensor,
+where only one of them is written."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ from converters.words import counted, verb
 
 @dataclass(slots=True)
 class MoveReport:
-    """The report on what was moved and proven. Sizes are bytes, ``compared`` and
-    ``unlike`` tensors.
+    """The report on what was moved and proven.
+    Sizes are bytes, ``compared`` and ``unlike`` tensors.
 
     ``unlike`` are tensors whose copy has other values; ``overflowed`` counts numbers by
     tensor, as do ``nan`` and ``inf``, those of written numbers that did not become
@@ -108,8 +108,8 @@ def execute(
     progress: Progress = lambda _: None,
     logbook: Logbook | None = None,
 ) -> MoveReport:
-    """Writes the plan's shards into ``folder``, each whole or not at all, and proves
-    their source.
+    """Writes the plan's shards into ``folder``, each whole or not at all,
+    and proves their source.
 
     ``workers`` is the number of threads; ``progress`` gets bytes written. Shards of an
     interrupted run of the same plan are kept: those of which the ``logbook`` tells that
@@ -213,8 +213,8 @@ def unlike_error(
     name: str,
     remedy: str,
 ) -> CheckpointError:
-    """The error for a tensor unlike its copy; raises that of a damaged record if that is
-    why.
+    """The error for a tensor unlike its copy;
+    raises that of a damaged record if that is why.
 
     ``remedy`` says how that may have come about, and what to do.
     """
@@ -229,8 +229,8 @@ def unlike_error(
 
 
 def _require_undamaged(plan: Plan, ledger: Ledger, tensors: Iterable[TensorRef]) -> None:
-    """Raises ``CheckpointError`` for a record that tensors lie in and whose CRC32 is
-    wrong."""
+    """Raises ``CheckpointError`` for a record
+    that tensors lie in and whose CRC32 is wrong."""
     extents = per_record(tensor.extents for tensor in tensors)
     runs = {(extent.path, extent.offset) for extent in extents}
 
@@ -247,8 +247,8 @@ def refuse_overflow(
     overflowed: dict[str, int],
     remedy: str | None = None,
 ) -> None:
-    """Raises ``CheckpointError``: numbers of the shard's tensors do not fit the type
-    asked for."""
+    """Raises ``CheckpointError``:
+    numbers of the shard's tensors do not fit the type asked for."""
     remedy = remedy or f"choose {DTYPE('bf16')}, or {ALLOW_OVERFLOW}"
     name, count = next(iter(overflowed.items()))
     further = len(overflowed) - 1

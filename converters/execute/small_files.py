@@ -1,5 +1,5 @@
-"""Moving the bytes of a plan of many small files into a folder that has not got its name
-yet.
+"""Moving the bytes of a plan of many small files into a folder
+that has not got its name yet.
 
 ``shards`` makes each shard durable before the next, its pieces moved by several threads:
 right for a few large ones, but a universal folder has four files for each parameter. A
@@ -98,8 +98,8 @@ def _move(mover: Mover, queue: _Queue, folder: Path, thread_count: int) -> None:
 
 
 def _enter(logbook: Logbook, names: list[str], ledger: Ledger, verify: bool) -> None:
-    """Makes files durable, and writes down that they are whole; without room they are
-    not."""
+    """Makes files durable, and writes down that they are whole;
+    without room they are not."""
     with suppress(OSError):
         sync(logbook.folder / name for name in names)
         logbook.enter(names, Passage(ledger), verified=verify, counted=False)
@@ -156,8 +156,8 @@ def _write(worker: Worker, shard: Shard, file: InPlace) -> bool:
 
 
 def _joined(shard: Shard, crc32s: dict[str, int]) -> Iterator[tuple[int, bytes]]:
-    """The literals with the CRC32s in their slots; those that touch as one, to be one
-    write."""
+    """The literals with the CRC32s in their slots;
+    those that touch as one, to be one write."""
     slots = [(offset, crc32s.get(name, 0)) for offset, name in shard.crc_slots]
     start, pending = 0, bytearray()
     for offset, literal in [*sorted(shard.literals), (shard.nbytes + 1, b"")]:

@@ -1,5 +1,5 @@
-"""Reading the bytes of a tensor, wherever they lie, and noting the CRC32s of what
-passes.
+"""Reading the bytes of a tensor, wherever they lie,
+and noting the CRC32s of what passes.
 
     one run after another    pread into the buffer
     rows of a shard          one read, scattered over the rows of the buffer
@@ -54,8 +54,8 @@ class SourceReader:
         self.files.close()
 
     def take(self, tensor: TensorRef, start: int, destination: memoryview) -> None:
-        """Fills ``destination`` from element ``start`` of a tensor on, and notes the
-        CRC32s."""
+        """Fills ``destination`` from element ``start`` of a tensor on,
+        and notes the CRC32s."""
         if isinstance(tensor.extents, Strided):
             from converters.storage import strided_reads
 
@@ -72,8 +72,8 @@ class SourceReader:
     def require_same(
         self, tensor: TensorRef, replica: TensorRef, start: int, expected: memoryview
     ) -> None:
-        """Raises ``UnlikeError`` unless a replica has the same bytes from element
-        ``start`` on."""
+        """Raises ``UnlikeError`` unless a replica has the same bytes
+        from element ``start`` on."""
         itemsize = tensor.dtype.itemsize
         step = len(self.second) // itemsize * itemsize
         for first in range(0, len(expected), step):
@@ -86,8 +86,8 @@ class SourceReader:
                 raise UnlikeError(self.name, tensor, replica, element)
 
     def read(self, extents: Extents, destination: memoryview) -> None:
-        """Fills ``destination`` with runs that are read in order, and notes their
-        CRC32s."""
+        """Fills ``destination`` with runs that are read in order,
+        and notes their CRC32s."""
         for read in extents.reads():
             extent = read.extent
             if read.count == 1:

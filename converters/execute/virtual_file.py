@@ -1,5 +1,5 @@
-"""A plan whose shards are read instead of written: bytes are made when they are asked
-for.
+"""A plan whose shards are read instead of written:
+bytes are made when they are asked for.
 
     Serving(plan)          the proof of everything that is read, over all shards
       .open(shard)         a read-only, seekable file of ``shard.nbytes`` bytes
@@ -51,8 +51,8 @@ class Serving:
         self.read = 0
 
     def open(self, shard: Shard, progress: Progress = lambda _: None) -> ServedShard:
-        """The shard as a file; ``progress`` gets the bytes read, those read again
-        included.
+        """The shard as a file; ``progress`` gets the bytes read,
+        those read again included.
 
         ``ValueError`` for a shard with ``crc_slots``: its first bytes are known last.
         """
@@ -131,8 +131,8 @@ class ServedShard(io.BufferedIOBase):
         return self.position
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Reads ``size`` bytes, fewer only at the end; ``CheckpointError`` for a bad
-        source."""
+        """Reads ``size`` bytes, fewer only at the end;
+        ``CheckpointError`` for a bad source."""
         remaining = max(self.shard.nbytes - self.position, 0)
         byte_count = remaining if size is None or size < 0 else min(size, remaining)
         first = self.read1(byte_count)
@@ -148,8 +148,8 @@ class ServedShard(io.BufferedIOBase):
         return b"".join(parts)
 
     def read1(self, size: int = -1, /) -> bytes:
-        """Reads at most ``size`` bytes, those that are made already; none only at the
-        end."""
+        """Reads at most ``size`` bytes,
+        those that are made already; none only at the end."""
         if self.closed:
             raise ValueError(f"{self.name} is closed")
         if self.position >= self.shard.nbytes or size == 0:

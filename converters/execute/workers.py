@@ -1,5 +1,5 @@
-"""The threads that move a shard: each takes the next piece, and carries it from end to
-end.
+"""The threads that move a shard: each takes the next piece,
+and carries it from end to end.
 
     pread its runs -> CRC32 of each -> compare with the 16-bit copy -> cast -> pwrite in
     place
@@ -67,8 +67,8 @@ class Piece:
 
     @property
     def stored(self) -> int:
-        """Bytes read for it, its copy aside; of a computed tensor its share of all
-        inputs."""
+        """Bytes read for it, its copy aside;
+        of a computed tensor its share of all inputs."""
         source = self.placement.source
         if not isinstance(source, Computed):
             return self.count * source.dtype.itemsize
@@ -77,14 +77,14 @@ class Piece:
 
 
 def default_workers() -> int:
-    """Threads that move bytes: one reads while another writes; more than four gained
-    nothing."""
+    """Threads that move bytes: one reads while another writes;
+    more than four gained nothing."""
     return min(4, max(2, os.cpu_count() or 1))
 
 
 def computing(shard: Shard) -> AbstractContextManager[None]:
-    """A block in which computed tensors of the shard are made: products give the same
-    bits then."""
+    """A block in which computed tensors of the shard are made:
+    products give the same bits then."""
     sources = (placement.source for placement in shard.placements)
     if not any(isinstance(source, Computed) for source in sources):
         return nullcontext()
@@ -243,8 +243,8 @@ class Worker:
         self.reader.close()
 
     def make(self, piece: Piece) -> memoryview:
-        """The piece's bytes in the shard: read, checked, cast. They last until the next
-        call."""
+        """The piece's bytes in the shard: read, checked, cast.
+        They last until the next call."""
         placement = piece.placement
         self.reader.name = placement.name
         if isinstance(placement.source, Computed):
@@ -319,8 +319,8 @@ class Worker:
         return output
 
     def compare(self, piece: Piece, dtype: DType, piece_bytes: memoryview, copy: TensorRef) -> None:
-        """Notes the tensor as unlike unless the piece rounds to its copy, or its copy to
-        it."""
+        """Notes the tensor as unlike unless the piece rounds to its copy,
+        or its copy to it."""
         copy_bytes = self.fetch(copy, piece, 1)
         if self.is_plain(piece) and plain_rounding.is_certain(
             piece_bytes, dtype, copy_bytes, copy.dtype

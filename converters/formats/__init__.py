@@ -1,5 +1,5 @@
-"""Formats of weights: each is read as ``Weights`` and written from ``Weights`` as a
-plan.
+"""Formats of weights:
+each is read as ``Weights`` and written from ``Weights`` as a plan.
 
 safetensors         model.safetensors, whole or in shards
 pytorch_bin         pytorch_model.bin, whole or in shards

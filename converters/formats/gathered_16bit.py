@@ -1,5 +1,5 @@
-"""The 16-bit weights that a trainer gathered beside the state files, as copies to prove
-by.
+"""The 16-bit weights that a trainer gathered beside the state files,
+as copies to prove by.
 
 A Trainer folder holds ``model.safetensors`` (or shards), a save_dir may hold what
 ``save_16bit_model`` wrote. Under stage 3 they are the only second record of the weights.
@@ -21,8 +21,8 @@ from converters.torch_files.record_checksums import located_in_files
 
 
 class Beside(NamedTuple):
-    """The tensors in the file (or in the shards of the index) ``name``, tied ones by
-    every name."""
+    """The tensors in the file (or in the shards of the index) ``name``,
+    tied ones by every name."""
 
     name: str
     tensors: Mapping[str, TensorRef]
@@ -107,6 +107,6 @@ def _checksums(tensors: Mapping[str, TensorRef]) -> tuple[Checksum, ...] | None:
 
 
 def belongs(root: Path) -> bool:
-    """Whether files in ``root`` are of one step for certain: it is the folder of a
-    Trainer."""
+    """Whether files in ``root`` are of one step for certain:
+    it is the folder of a Trainer."""
     return stores.is_file(root / "trainer_state.json")

@@ -1,5 +1,5 @@
-"""The files that a model's weights lie in, by name, and who reads them: one table for
-all."""
+"""The files that a model's weights lie in,
+by name, and who reads them: one table for all."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The values of a file of ``torch.save`` by name: those of dicts in dicts by dotted
-names.
+"""The values of a file of ``torch.save`` by name:
+those of dicts in dicts by dotted names.
 
 {"epoch": 3, "model": {"w": ...}, "states": [{"m": ...}]}  ->  epoch, model.w, states.0.m
 {"a": {"b": ...}, "a.b": ...}                              ->  ['a']['b'], a.b

@@ -1,5 +1,5 @@
-"""The contents of a file of ``torch.save`` beside its tensors, as plain values of
-Python."""
+"""The contents of a file of ``torch.save`` beside its tensors,
+as plain values of Python."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _MAX_CHARACTERS = 100  # of a value as a line of text
 
 
 def of(entries: Mapping[Any, Any]) -> dict[str, Any]:
-    """The plain values of a file by name: numbers, texts, and lists, tuples and sets of
-    these.
+    """The plain values of a file by name: numbers, texts,
+    and lists, tuples and sets of these.
 
     Complex numbers are Python's; an element type, a layout or a device of torch is its
     name, such as "torch.float16". What holds an object of another class is left out.
@@ -32,8 +32,8 @@ def line(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value if it is plain, else ``_MISSING``. Lists with others in them were gone
-    into."""
+    """The value if it is plain, else ``_MISSING``.
+    Lists with others in them were gone into."""
     match value:
         case list() | tuple() | set() | frozenset():
             members = [_plain(member) for member in value]

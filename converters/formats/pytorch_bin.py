@@ -1,5 +1,5 @@
-"""``pytorch_model.bin``: ``Weights`` as the plan of files that ``torch.load`` reads, and
-back.
+"""``pytorch_model.bin``:
+``Weights`` as the plan of files that ``torch.load`` reads, and back.
 
     NAME/data.pkl | NAME/byteorder | NAME/data/0 | NAME/data/1 | ... | NAME/version |
     directory
@@ -39,8 +39,8 @@ def plan(
     tied: Tied,
     pattern: str = "pytorch_model{suffix}.bin",
 ) -> Plan:
-    """``pytorch_model.bin``, or shards of at most ``max_shard_size`` bytes and their
-    index."""
+    """``pytorch_model.bin``,
+    or shards of at most ``max_shard_size`` bytes and their index."""
     return plan_shards(
         weights,
         dtype,
@@ -57,8 +57,8 @@ def _shard(filename: str, entries: Sequence[Entry], shared: Mapping[str, str]) -
 
 
 def tensor_file(filename: str, entries: Sequence[Entry], pickle: bytes) -> Shard:
-    """A file of these tensors, as ``torch.save`` lays them out, with this pickle of
-    them."""
+    """A file of these tensors, as ``torch.save`` lays them out,
+    with this pickle of them."""
     stem = filename.rpartition("/")[2].rpartition(".")[0]
     archive = Archive(stem, ALIGNMENT)
     archive.data("data.pkl", pickle)
@@ -142,8 +142,8 @@ def _tuple(numbers: Iterable[int]) -> bytes:
 
 
 def read(path: Path) -> Weights:
-    """The tensors of a ``pytorch_model.bin``, or of a folder's shards named by its
-    index.
+    """The tensors of a ``pytorch_model.bin``,
+    or of a folder's shards named by its index.
 
     Reads pickles only. What is not a tensor of a type that safetensors has is
     ``absent``, with the reason. ``CheckpointError`` if a file is damaged or holds no
@@ -214,8 +214,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _entries_of(path: Path) -> dict[str, Any]:
-    """The values of a file by name; ``CheckpointError`` if none of them is a tensor, but
-    dicts."""
+    """The values of a file by name;
+    ``CheckpointError`` if none of them is a tensor, but dicts."""
     root = reader.read(path).root
     if not isinstance(root, dict):
         raise CheckpointError(f"{path} does not hold a dict of tensors")

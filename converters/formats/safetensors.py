@@ -1,5 +1,5 @@
-"""The safetensors format: a file or sharded folder as ``Weights``, and ``Weights`` as a
-plan.
+"""The safetensors format: a file or sharded folder as ``Weights``,
+and ``Weights`` as a plan.
 
     8 bytes: header length | header: JSON, padded with spaces to 8 bytes | tensors, no
     gaps
@@ -40,8 +40,8 @@ def plan(
     tied: Tied,
     pattern: str = "model{suffix}.safetensors",
 ) -> Plan:
-    """``model.safetensors``, or shards of at most ``max_shard_size`` bytes and their
-    index."""
+    """``model.safetensors``,
+    or shards of at most ``max_shard_size`` bytes and their index."""
     from converters.plan import plan as plan_shards  # which readers need not
 
     return plan_shards(
@@ -119,8 +119,8 @@ def read(path: Path) -> Weights:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """The texts that a file keeps beside its tensors (``__metadata__``); of shards the
-    first's."""
+    """The texts that a file keeps beside its tensors (``__metadata__``);
+    of shards the first's."""
     if stores.is_folder(path):
         index = shard_index.index_in(path, "model.safetensors")
         names = shard_index.shard_names(index) if index is not None else ["model.safetensors"]
@@ -188,8 +188,8 @@ def _no_header(path: Path, length: int, file_size: int) -> CheckpointError:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Turns a ``MalformedError`` about a header, in this block, into a
-    ``CheckpointError``."""
+    """Turns a ``MalformedError`` about a header,
+    in this block, into a ``CheckpointError``."""
     try:
         yield
     except MalformedError as error:
@@ -262,8 +262,8 @@ def _dtype(path: Path, name: Any) -> DType:
 
 
 def _cover(header: Mapping[str, Any], nbytes: int) -> None:
-    """Raises unless the tensors cover all bytes behind the header once, as the format
-    demands."""
+    """Raises unless the tensors cover all bytes behind the header once,
+    as the format demands."""
     previous_end = 0
     spans = ((entry["data_offsets"], name) for name, entry in header.items())
     for (first, last), name in sorted(spans):

@@ -27,8 +27,8 @@ def index_in(folder: Path, whole_name: str) -> Path | None:
 
 
 def names_of(shard: Path, names: Iterable[str], weight_map: Mapping[str, str]) -> list[str]:
-    """The names in a shard that are read from it: the index may give a name to another
-    one."""
+    """The names in a shard that are read from it:
+    the index may give a name to another one."""
     return [name for name in names if weight_map.get(name, shard.name) == shard.name]
 
 
@@ -38,8 +38,8 @@ def not_in_shard(index: Path, shard_name: str) -> str:
 
 
 def shards(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
-    """The files that an index names, in order; ``CheckpointError`` if one of them is
-    missing."""
+    """The files that an index names,
+    in order; ``CheckpointError`` if one of them is missing."""
     paths = [index.parent / name for name in sorted(set(weight_map.values()))]
     missing = [path for path in paths if not stores.exists(path)]
     if missing:
@@ -54,14 +54,14 @@ def shards(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index names, in order; ``CheckpointError`` if it is not an
-    index."""
+    """The files that an index names,
+    in order; ``CheckpointError`` if it is not an index."""
     return sorted(set(read(index).values()))
 
 
 def read(index: Path) -> dict[str, str]:
-    """The file of each name, as an index says; ``CheckpointError`` if it is not an
-    index."""
+    """The file of each name,
+    as an index says; ``CheckpointError`` if it is not an index."""
     try:
         too_long = stores.status(index).size > MAX_INDEX_BYTES
         data = b"" if too_long else stores.content(index)

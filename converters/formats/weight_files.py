@@ -1,5 +1,5 @@
-"""Files of weights alone as a ``Source``: safetensors and ``torch.save``, models and
-adapters."""
+"""Files of weights alone as a ``Source``:
+safetensors and ``torch.save``, models and adapters."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def _require_values(path: Path, entries: Mapping[str, Any]) -> None:
 
 
 def _file_of(path: Path) -> Path:
-    """The path of the weights: of a folder with no more than an adapter the adapter's
-    file."""
+    """The path of the weights:
+    of a folder with no more than an adapter the adapter's file."""
     is_of_model = _has_any(path, (*filenames.SAFETENSORS, *filenames.TORCH_BIN))
     if stores.is_folder(path) and not is_of_model:
         for name in filenames.ADAPTERS:

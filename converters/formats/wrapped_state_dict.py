@@ -1,5 +1,5 @@
-"""A ``torch.save`` file that holds a state dict among other values, as Lightning's
-``.ckpt`` does.
+"""A ``torch.save`` file that holds a state dict among other values,
+as Lightning's ``.ckpt`` does.
 
     {"epoch": 1, "hyper_parameters": {...}, ..., "state_dict": {name: tensor, ...}}
 

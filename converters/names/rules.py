@@ -1,5 +1,5 @@
-"""Names of the state dict that are unlike those of the parameters: one rule that makes
-all fit.
+"""Names of the state dict that are unlike those of the parameters:
+one rule that makes all fit.
 
 ``param_shapes`` has the names of ``named_parameters``, ``module`` those of
 ``state_dict``. A hook on the state dict (``_register_state_dict_hook``; torch's
@@ -75,8 +75,8 @@ def rule(
     free_names: Collection[str],
     fits: Callable[[str, str], bool] = lambda _name, _state: True,
 ) -> Change | None:
-    """The one rule that turns all of ``names`` into members of ``free_names``, each into
-    another.
+    """The one rule that turns all of ``names`` into members of ``free_names``,
+    each into another.
 
     ``fits`` says whether a name may stand for a member at all, such as by its shape.
     ``None`` if no rule does, or if several do and disagree.
@@ -105,8 +105,8 @@ def rule(
 
 
 def _changes(names: Sequence[str], free_names: Collection[str]) -> Iterator[Change]:
-    """The rules worth a trial: without wrappers, with other pieces or letters, or
-    both."""
+    """The rules worth a trial: without wrappers,
+    with other pieces or letters, or both."""
     parts = {part for name in names for part in name.split(".")}
     present_wrappers = [wrapper for wrapper in WRAPPERS if wrapper in parts]
     for count in range(len(present_wrappers) + 1):
@@ -154,8 +154,8 @@ def _without(dropped: frozenset[str]) -> Callable[[str], str]:
 
 
 def _replacing(name: str, member: str) -> Iterator[Change]:
-    """One sequence of pieces in the place of another: at the same place, or wherever it
-    is.
+    """One sequence of pieces in the place of another:
+    at the same place, or wherever it is.
 
     Last, letters in the place of others, as ``str.replace`` in a hook has it.
     """
@@ -175,8 +175,8 @@ def _replacing(name: str, member: str) -> Iterator[Change]:
 
 
 def _common_ends(first: Sequence[str], second: Sequence[str]) -> tuple[int, int]:
-    """The numbers of items that two sequences share at their beginnings and at their
-    ends."""
+    """The numbers of items that two sequences share
+    at their beginnings and at their ends."""
     end = 0
     while end < min(len(first), len(second)) and first[-1 - end] == second[-1 - end]:
         end += 1

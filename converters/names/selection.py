@@ -20,8 +20,8 @@ MAX_NAME_LENGTH = 1_000  # characters of a name that an expression is tried on, 
 def new_names(
     names: Iterable[str], strip: Sequence[str], rename: Sequence[tuple[str, str]]
 ) -> dict[str, str]:
-    """Old names to new ones, those that change only: prefixes dropped, then expressions
-    replaced.
+    """Old names to new ones, those that change only:
+    prefixes dropped, then expressions replaced.
 
     ``rename`` are pairs of a regular expression and its replacement, as ``re.sub`` takes
     them. ``CheckpointError`` for a prefix or an expression that no name has, and for a
@@ -57,8 +57,8 @@ def new_names(
 
 
 def chosen(names: Iterable[str], globs: Sequence[str]) -> list[str]:
-    """The names that one of the globs matches; ``CheckpointError`` for a glob that
-    matches none."""
+    """The names that one of the globs matches;
+    ``CheckpointError`` for a glob that matches none."""
     all_names = list(names)
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in all_names):
@@ -81,8 +81,8 @@ def _require_expression(expression: str) -> None:
 
 
 def _without(name: str, prefix: str) -> str:
-    """A name without a prefix, which may lack its dot; the name itself stays never
-    empty."""
+    """A name without a prefix,
+    which may lack its dot; the name itself stays never empty."""
     remainder = name.removeprefix(prefix)
     if remainder != name and not prefix.endswith("."):
         remainder = remainder.removeprefix(".")
@@ -138,8 +138,8 @@ def renamed(weights: Weights, names: Mapping[str, str]) -> Weights:
 
 
 def require_writable(name: str, old_name: str) -> None:
-    """``CheckpointError`` for a new name that a file of weights cannot have, or not give
-    back.
+    """``CheckpointError`` for a new name that a file of weights cannot have,
+    or not give back.
 
     ``__metadata__`` is not a tensor to safetensors; lone surrogates have no UTF-8.
     """
@@ -161,8 +161,8 @@ def require_writable(name: str, old_name: str) -> None:
 
 
 def selected(weights: Weights, names: Collection[str]) -> Weights:
-    """Only the tensors of these names; the first tied name of one that goes takes its
-    place."""
+    """Only the tensors of these names;
+    the first tied name of one that goes takes its place."""
     aliases: dict[str, str] = {}
     tensors = {name: tensor for name, tensor in weights.tensors.items() if name in names}
     copies = {name: tensor for name, tensor in weights.copies.items() if name in names}

@@ -1,5 +1,5 @@
-"""PEFT's adapters: which tensors of a model they are, and under which names PEFT saves
-them.
+"""PEFT's adapters: which tensors of a model they are,
+and under which names PEFT saves them.
 
 config           adapter_config.json, typed and bounded
 patterns         its regular expressions, matched in bounded time

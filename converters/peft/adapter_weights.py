@@ -140,8 +140,8 @@ def _frozen_embeddings(
     missing: list[str],
     stored: Mapping[str, TensorRef],
 ) -> dict[str, TensorRef]:
-    """Embeddings that the adapter's own file holds, and the states do not: they are
-    frozen.
+    """Embeddings that the adapter's own file holds,
+    and the states do not: they are frozen.
 
     So are the originals of embeddings that are trained whole, which PEFT saves beside
     them where the vocabulary was resized.

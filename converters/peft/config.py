@@ -59,8 +59,8 @@ class AdapterConfig:
 
     @property
     def prompt(self) -> bool:
-        """Whether the adapter trains a prompt before the input, and no layer of the
-        model."""
+        """Whether the adapter trains a prompt before the input,
+        and no layer of the model."""
         return self.peft_type in PROMPTS
 
     def alpha(self, module: str) -> float | None:
@@ -84,8 +84,8 @@ class AdapterConfig:
 
 
 def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that is the name, its end after a dot, or a pattern of
-    these."""
+    """PEFT's rule: the first key that is the name, its end after a dot,
+    or a pattern of these."""
     for key, value in pattern.items():
         if patterns.ends_with(key, module):
             return value
@@ -93,8 +93,8 @@ def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def read(path: Path) -> AdapterConfig:
-    """The configuration in a file, or in a folder's file of the name;
-    ``CheckpointError``."""
+    """The configuration in a file,
+    or in a folder's file of the name; ``CheckpointError``."""
     path = path / NAME if stores.is_folder(path) else path
     try:
         size = stores.regular_size(path)

@@ -67,8 +67,8 @@ def shown(
     tensors: Mapping[str, TensorRef],
     unadapted: frozenset[str] = frozenset(),
 ) -> Shown:
-    """The facts that the parameters of one adapter show; ``tensors`` are by their whole
-    names.
+    """The facts that the parameters of one adapter show;
+    ``tensors`` are by their whole names.
 
     ``unadapted`` are the modules that no adapter touches.
     """
@@ -115,15 +115,15 @@ def shown(
 
 
 def _adapted(parameter: ParsedName) -> bool:
-    """Whether a parameter belongs to the adapter of a layer (rows of embeddings are
-    another's)."""
+    """Whether a parameter belongs to the adapter
+    of a layer (rows of embeddings are another's)."""
     of_layer = names.is_role(parameter.role) and parameter.module != ""
     return of_layer and not parameter.of_tokens
 
 
 def misfit(config: AdapterConfig, adapter: Shown) -> str | None:
-    """Why a configuration is not that of the tensors: what it says, what they are; else
-    ``None``.
+    """Why a configuration is not that of the tensors:
+    what it says, what they are; else ``None``.
 
     ``CheckpointError`` for a pattern of the configuration that is not read.
     """
@@ -182,8 +182,8 @@ def _target_misfit(config: AdapterConfig, adapter: Shown) -> str | None:
 
 
 def is_target(targets: tuple[str, ...] | str, module: str) -> bool:
-    """Whether a module, named as in the base model, is one of the targets, by PEFT's
-    rule."""
+    """Whether a module, named as in the base model,
+    is one of the targets, by PEFT's rule."""
     if isinstance(targets, str):
         return patterns.matches(targets, module)
     return any(module == target or module.endswith(f".{target}") for target in targets)

@@ -1,5 +1,5 @@
-"""Embeddings that PEFT saves whole beside an adapter: where they are adapted, or were
-resized.
+"""Embeddings that PEFT saves whole beside an adapter:
+where they are adapted, or were resized.
 
 Source: PEFT 0.21.2 ``get_peft_model_state_dict`` with ``save_embedding_layers="auto"``.
 PEFT asks the model for its input and output embeddings; a checkpoint has only their
@@ -47,8 +47,8 @@ def saved(
 
 
 def _tokens(config: AdapterConfig) -> bool:
-    """Whether rows of embeddings are trained; then the embeddings are not saved
-    whole."""
+    """Whether rows of embeddings are trained;
+    then the embeddings are not saved whole."""
     rows = config.values.get("trainable_token_indices") is not None
     return rows or config.peft_type == "TRAINABLE_TOKENS"
 
@@ -70,8 +70,8 @@ def targeted(parameters: Iterable[ParsedName], config: AdapterConfig) -> bool:
 
 
 def layers(parameters: Iterable[ParsedName]) -> tuple[str, ...]:
-    """The model's input and output embedding, as far as names tell, with PEFT's
-    prefix."""
+    """The model's input and output embedding,
+    as far as names tell, with PEFT's prefix."""
     all_parameters = list(parameters)
     pair = (_layer(all_parameters, candidates) for candidates in (INPUTS, OUTPUTS))
     return tuple(dict.fromkeys(layer for layer in pair if layer is not None))
@@ -99,8 +99,8 @@ def _layer(parameters: Iterable[ParsedName], candidates: Iterable[str]) -> str |
 
 
 def inputs(all_names: Iterable[str]) -> str | None:
-    """The one name among a model's that is called as the weights of input embeddings
-    are.
+    """The one name among a model's that is called
+    as the weights of input embeddings are.
 
     ``None`` where there is none, or several of the same kind.
     """

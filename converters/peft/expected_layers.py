@@ -1,5 +1,5 @@
-"""Would PEFT make the layers that the tensors are of, by a configuration? No more, and
-no fewer.
+"""Would PEFT make the layers that the tensors are of,
+by a configuration? No more, and no fewer.
 
 PEFT drops a trained layer that the configuration leaves out without a word, and breaks
 off where it names a module, rows or biases of which there are no tensors. Source: PEFT
@@ -46,8 +46,8 @@ class TrainedLayers:
 
 
 def left_out(config: AdapterConfig, module: str) -> str | None:
-    """The entry of the configuration that keeps PEFT from adapting a module that is a
-    target."""
+    """The entry of the configuration that keeps PEFT
+    from adapting a module that is a target."""
     if _excluded(config.values.get("exclude_modules"), module):
         return "its exclude_modules leave out"
 
@@ -77,8 +77,8 @@ def _excluded(excluded: Any, module: str) -> bool:
 
 
 def _layer(pattern: Any, module: str) -> int | None:
-    """The number of a module's layer: the first that stands behind a name, or one of the
-    names."""
+    """The number of a module's layer: the first that stands behind a name,
+    or one of the names."""
     names = [pattern] if isinstance(pattern, str) else pattern
     names = [name for name in names or () if isinstance(name, str)]
     parts = module.split(".")
@@ -93,8 +93,8 @@ def _layer(pattern: Any, module: str) -> int | None:
 
 
 def unchosen(config: AdapterConfig, trained: TrainedLayers) -> str | None:
-    """Why PEFT would choose other targets than those that are adapted; of no targets,
-    its own."""
+    """Why PEFT would choose other targets than those that are adapted;
+    of no targets, its own."""
     if config.target_modules is not None or config.values.get("target_parameters"):
         return None
     if config.peft_type != "LORA" or not trained.modules:
@@ -107,8 +107,8 @@ def unchosen(config: AdapterConfig, trained: TrainedLayers) -> str | None:
 
 
 def without_tensors(config: AdapterConfig, trained: TrainedLayers) -> str | None:
-    """The layers that the configuration demands and the tensors lack, or the other way
-    round."""
+    """The layers that the configuration demands and the tensors lack,
+    or the other way round."""
     reasons = (_saved(config, trained), _tokens(config, trained), _biases(config, trained))
     return next((reason for reason in reasons if reason is not None), None)
 
@@ -163,8 +163,8 @@ def _biases(config: AdapterConfig, trained: TrainedLayers) -> str | None:
 
 
 def unscaled(config: AdapterConfig, trained: TrainedLayers) -> str | None:
-    """The problem of a LoRA without ``lora_alpha``: PEFT would take 8, whatever the
-    training had."""
+    """The problem of a LoRA without ``lora_alpha``:
+    PEFT would take 8, whatever the training had."""
     if config.peft_type != "LORA" or config.lora_alpha is not None:
         return None
     if all(config.alpha(module) is not None for module in trained.modules):

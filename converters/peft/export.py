@@ -85,8 +85,8 @@ def selection(
 
 
 def require_supported(config: AdapterConfig) -> None:
-    """``CheckpointError`` (unsupported) for a kind of adapter whose rules are not known
-    here."""
+    """``CheckpointError`` (unsupported) for a kind
+    of adapter whose rules are not known here."""
     compact = config.values.get("save_only_topk_weights") is True  # VB-LoRA: computed
     if compact or config.peft_type not in (_PROMPTS if config.prompt else KINDS):
         raise CheckpointError(
@@ -98,8 +98,8 @@ def require_supported(config: AdapterConfig) -> None:
 
 
 def _of_another(name: str, others: frozenset[str]) -> bool:
-    """Whether a name belongs to another adapter, by PEFT's rule: any part of it is the
-    other's."""
+    """Whether a name belongs to another adapter,
+    by PEFT's rule: any part of it is the other's."""
     return not others.isdisjoint(name.split(".")[1:])
 
 
@@ -136,8 +136,8 @@ def _layers(
 
 
 def _dora(name: str) -> str:
-    """DoRA's magnitudes are saved as they were named before they got a module of their
-    own."""
+    """DoRA's magnitudes are saved
+    as they were named before they got a module of their own."""
     weight = parsed(name).role == "lora_magnitude_vector" and name.endswith(".weight")
     return name.removesuffix(".weight") if weight else name
 
@@ -145,8 +145,8 @@ def _dora(name: str) -> str:
 def _saved_modules(
     parameters: Iterable[ParsedName], adapter: str, tied: Collection[str]
 ) -> Iterator[tuple[str, str]]:
-    """Modules that are trained whole, and trained rows of embeddings: of tied ones the
-    first's."""
+    """Modules that are trained whole,
+    and trained rows of embeddings: of tied ones the first's."""
     for parameter in parameters:
         if parameter.adapter != adapter:
             continue
@@ -202,8 +202,8 @@ def _masks(
 
 
 def _final(name: str) -> str:
-    """The name with PEFT's prefix, which a model has that was given an adapter without
-    PeftModel.
+    """The name with PEFT's prefix,
+    which a model has that was given an adapter without PeftModel.
 
     Source: transformers 5.23 ``save_pretrained`` of a model with
     ``_hf_peft_config_loaded``. What a model that holds the PEFT model as a part puts

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 
 class PeftKind(NamedTuple):
-    """A kind of adapter: ``peft_type``, its title for people, and what its parameters
-    are called.
+    """A kind of adapter: ``peft_type``, its title for people,
+    and what its parameters are called.
 
     ``roles`` are the attributes of an adapted layer (or of the whole adapter, such as
     ``vera_A``) that hold tensors.

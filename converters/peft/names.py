@@ -65,14 +65,14 @@ class ParsedName(NamedTuple):
 
     @property
     def of_tokens(self) -> bool:
-        """Whether the parameter holds an embedding's trained rows, beside another
-        adapter."""
+        """Whether the parameter holds an embedding's trained rows,
+        beside another adapter."""
         return f".{TOKEN_ADAPTER}.{TOKENS}." in self.name
 
     @property
     def original(self) -> str:
-        """The name in the user's model of what this parameter is, is copied from, or
-        changes.
+        """The name in the user's model of what this parameter is,
+        is copied from, or changes.
 
         Of a layer's adapter: the name of the layer. ``rest`` is kept for everything
         else.
@@ -83,8 +83,8 @@ class ParsedName(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def parsed(name: str) -> ParsedName:
-    """A parameter's name taken apart. Any name has parts: those of another model are
-    ``base``."""
+    """A parameter's name taken apart.
+    Any name has parts: those of another model are ``base``."""
     prefix = _prefix(name)
     parts = name[len(prefix) :].split(".")
     if PROMPT in parts[:-2]:
@@ -124,8 +124,8 @@ def parsed(name: str) -> ParsedName:
 
 
 def _prefix(name: str) -> str:
-    """What stands before the path in the user's model: the end of the last wrapper of
-    PEFT."""
+    """What stands before the path in the user's model:
+    the end of the last wrapper of PEFT."""
     for head in (MODEL, WRAPPER):
         start = 0 if name.startswith(head) else name.find(f".{head}") + 1
         if start or name.startswith(head):
@@ -150,8 +150,8 @@ def is_role(part: str) -> bool:
 
 
 def without_adapter(name: str, adapter: str) -> str:
-    """The name that PEFT saves: without the adapter's, at the end or before the last
-    part.
+    """The name that PEFT saves: without the adapter's,
+    at the end or before the last part.
 
     Source: ``_remove_adapter_name_from_state_dict_key`` in ``tuners/tuners_utils.py``.
     """
@@ -162,8 +162,8 @@ def without_adapter(name: str, adapter: str) -> str:
 
 
 def adapters(names: Iterable[str]) -> dict[str, list[ParsedName]]:
-    """The parameters of each adapter, in the order of ``names``; empty where there is
-    none."""
+    """The parameters of each adapter,
+    in the order of ``names``; empty where there is none."""
     all_names = list(names)
     groups: dict[str, list[ParsedName]] = {}
     text = "\n".join(all_names)

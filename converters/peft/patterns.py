@@ -30,8 +30,8 @@ Positions = frozenset[int]
 
 
 def ends_with(pattern: str, name: str) -> bool:
-    """Whether ``(.*\\.)?(pattern)$`` matches: PEFT's way to look a module up in its
-    patterns."""
+    """Whether ``(.*\\.)?(pattern)$`` matches:
+    PEFT's way to look a module up in its patterns."""
     if not _SPECIAL.isdisjoint(pattern):
         return matches(f"(.*\\.)?({pattern})", name)
 
@@ -45,8 +45,8 @@ def ends_with(pattern: str, name: str) -> bool:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether the pattern matches the whole name; ``CheckpointError`` for one that is
-    not read."""
+    """Whether the pattern matches the whole name;
+    ``CheckpointError`` for one that is not read."""
     if len(name) > MAX_LENGTH:
         raise CheckpointError(f"a name has {len(name)} characters, expected at most {MAX_LENGTH}")
     return len(name) in _ends(_parsed(pattern), name, frozenset({0}))
@@ -104,8 +104,8 @@ def _require_readable(sequence: Any, depth: int) -> None:
 
 
 def _ends(sequence: Any, text: str, starts: Positions) -> Positions:
-    """The positions where a match of the parsed sequence may end that begins in
-    ``starts``."""
+    """The positions where a match
+    of the parsed sequence may end that begins in ``starts``."""
     for operator, argument in sequence:
         if not starts:
             break

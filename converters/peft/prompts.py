@@ -33,8 +33,8 @@ def prompt(
     tensors: Mapping[str, TensorRef],
     copies: Mapping[str, TensorRef],
 ) -> Computed:
-    """``prompt_embeddings`` of shape (virtual tokens, size), made of a prompt encoder's
-    tensors.
+    """``prompt_embeddings`` of shape (virtual tokens,
+    size), made of a prompt encoder's tensors.
 
     ``tensors`` are by the end of their names, such as ``mlp_head.0.weight``; ``copies``
     likewise, to prove them by. ``CheckpointError`` for an encoder that is not run here

@@ -28,8 +28,8 @@ def are_saved(names: Collection[str]) -> bool:
 
 
 def restored(names: Collection[str], trained: Collection[str]) -> Mapping[str, str]:
-    """The names of the training by those that were saved; ``trained`` are the
-    optimizer's."""
+    """The names of the training by those that were saved;
+    ``trained`` are the optimizer's."""
     by_saved_name = {saved: name for name in trained for saved in _saved_names(name)}
     return {name: by_saved_name.get(name) or _with_default(name) for name in names}
 

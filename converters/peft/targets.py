@@ -1,5 +1,5 @@
-"""Modules that PEFT would adapt by a configuration, and that no tensor of the adapter is
-of.
+"""Modules that PEFT would adapt by a configuration,
+and that no tensor of the adapter is of.
 
 Source: PEFT 0.21.2 ``inject_adapter`` in ``tuners/tuners_utils.py``: every module whose
 name is a target gets an adapter, and a model that is loaded without tensors for it has a
@@ -24,8 +24,8 @@ def unadapted(
     trained: TrainedLayers,
     modules: Iterable[str],
 ) -> list[str]:
-    """The targets among ``modules``, which have matrices, without a tensor of the
-    adapter.
+    """The targets among ``modules``,
+    which have matrices, without a tensor of the adapter.
 
     Which ones are targets is told of names and of a pattern; "all-linear" goes by
     classes.

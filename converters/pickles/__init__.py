@@ -1,5 +1,5 @@
-"""Pickles as inert data: opcodes are interpreted, and nothing that a file names is
-called.
+"""Pickles as inert data: opcodes are interpreted,
+and nothing that a file names is called.
 
 interpreter  runs pickles
 machine      its stack and memo;  memo  which entries of that are asked for

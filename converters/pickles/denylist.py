@@ -1,5 +1,5 @@
-"""Names that no honest checkpoint's pickle holds: calling them runs code or reaches into
-files.
+"""Names that no honest checkpoint's pickle holds:
+calling them runs code or reaches into files.
 
 The interpreter calls nothing, so a name here does no more harm to the reader than any
 other. But ``torch.load`` and ``pickle.load`` of the same file would do what it asks, so
@@ -125,8 +125,8 @@ def _is_exception(module: str, name: str) -> bool:
 
 
 def reaches(name: str, arguments: Iterable[Any]) -> bool:
-    """Whether a call of ``name`` takes such a thing out of an object, as getattr
-    does."""
+    """Whether a call of ``name`` takes such a thing out of an object,
+    as getattr does."""
     if name not in _REACHING:
         return False
     return any(
@@ -136,8 +136,8 @@ def reaches(name: str, arguments: Iterable[Any]) -> bool:
 
 
 def allocates(function: Global, arguments: Sequence[Any]) -> bool:
-    """Whether a call makes as many values as a number says: no pickler asks for them
-    so."""
+    """Whether a call makes as many values as a number says:
+    no pickler asks for them so."""
     is_builtin = function.module in ("builtins", "__builtin__")
     if not is_builtin or function.name not in _BUILDING or len(arguments) != 1:
         return False

@@ -1,5 +1,5 @@
-"""The opcodes that pickles consist of, done without a detour: large ones have millions
-of them.
+"""The opcodes that pickles consist of,
+done without a detour: large ones have millions of them.
 
 Each function does what the machine's method for that opcode does, with the same checks,
 and returns the position behind its operands. What is rare, damaged or refused is left to

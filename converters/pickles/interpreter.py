@@ -1,5 +1,5 @@
-"""A pickle as inert data: its opcodes are interpreted, and nothing that a file names is
-called."""
+"""A pickle as inert data: its opcodes are interpreted,
+and nothing that a file names is called."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The stack machine of pickles: it builds inert data, and calls nothing that a file
-names.
+"""The stack machine of pickles: it builds inert data,
+and calls nothing that a file names.
 
 The stack machine is small and closed. Containers and scalars are built; every global is
 only a name (``Global``), and every call of a global is only a record of it (``Call``),
@@ -40,8 +40,8 @@ MARK = object()
 
 
 class Machine(PickleBytes):
-    """The stack, the memo, and what opcodes do to them; ``Interpreter`` runs it over
-    ``data``.
+    """The stack, the memo,
+    and what opcodes do to them; ``Interpreter`` runs it over ``data``.
 
     ``builders`` maps (module, name) to the function that builds what a call of that
     global means, and ``record_types`` to what its new objects without arguments are;
@@ -143,8 +143,8 @@ class Machine(PickleBytes):
         return items
 
     def global_name(self, module: str, name: str) -> Global:
-        """A global; ``CheckpointError``, "refused", if it runs code, or can be no
-        name."""
+        """A global; ``CheckpointError``, "refused",
+        if it runs code, or can be no name."""
         if len(module) + len(name) > MAX_NAME_LENGTH or not (module + name).isprintable():
             self.refuse_unnatural("its pickle holds a name that nothing can have")
         if denylist.runs_code(module, name):
@@ -162,8 +162,8 @@ class Machine(PickleBytes):
         )
 
     def call(self, function: Any, arguments: Any) -> Any:
-        """The value of a call of ``function``: the builder's, or a record of the
-        call."""
+        """The value of a call of ``function``: the builder's,
+        or a record of the call."""
         arguments = arguments if isinstance(arguments, tuple) else (arguments,)
         if isinstance(function, Global):
             builder = self.builders.get((function.module, function.name))

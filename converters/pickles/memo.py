@@ -15,8 +15,8 @@ _LONG_GET = LazyPattern(rb"j(?=(....))", re.DOTALL)  # LONG_BINGET, or part of a
 
 
 def requested_entries(data: bytes) -> bytearray:
-    """The memo's entries that a pickle may ask for: a byte each, 1 also for some it
-    does not.
+    """The memo's entries that a pickle may ask for:
+    a byte each, 1 also for some it does not.
 
     Pickles put into the memo all that they build. What is not asked for need not stay in
     memory. There may be more entries than bytes here; of those nothing is known, nor of

@@ -1,5 +1,5 @@
-"""How deep the values of a pickle lie in each other, and how many they are, each written
-out.
+"""How deep the values of a pickle lie in each other,
+and how many they are, each written out.
 
 A pickle names a value again instead of repeating it. So a few bytes can describe more
 than any program could walk through: a list of twice a list of twice a list, or a list in
@@ -25,8 +25,8 @@ _OPEN = 0  # in place of the size of what is being looked at
 
 
 def wrong(root: Any) -> str | None:
-    """The reason why ``root`` is no value of a training; ``None`` if it is a value like
-    any other.
+    """The reason why ``root`` is no value of a training;
+    ``None`` if it is a value like any other.
 
     What an object is given after its making (``state``, ``items``, ``pairs``, a tensor's
     attributes) may lead back to it, as in many programs: each is looked at for itself.

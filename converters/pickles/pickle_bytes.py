@@ -1,5 +1,5 @@
-"""The bytes of a pickle, taken one after another: lengths are checked against those that
-are there."""
+"""The bytes of a pickle, taken one after another:
+lengths are checked against those that are there."""
 
 from __future__ import annotations
 

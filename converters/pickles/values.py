@@ -1,5 +1,5 @@
-"""The names and calls in a pickle, as inert values: classes, functions, and calls of
-them."""
+"""The names and calls in a pickle,
+as inert values: classes, functions, and calls of them."""
 
 from __future__ import annotations
 

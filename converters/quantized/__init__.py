@@ -1,5 +1,5 @@
-"""Weights that are codes of a quantization: which they are, and the numbers that they
-stand for.
+"""Weights that are codes of a quantization:
+which they are, and the numbers that they stand for.
 
 groups      the tensors that belong together
 detection   which tensors do, by what lies beside each other
@@ -38,8 +38,8 @@ __all__ = [
 
 
 def marked(weights: Weights, config: Mapping[str, Any] | None = None) -> Weights:
-    """The weights with their codes and constants in ``packed``, so that nothing casts
-    them."""
+    """The weights with their codes and constants in ``packed``,
+    so that nothing casts them."""
     names = {name for group in groups(weights, config) for name in group.names}
     owners = {weights.aliases.get(name, name) for name in names}
     if owners <= weights.packed:
@@ -72,8 +72,8 @@ def dequantized(
     config: Mapping[str, Any] | None = None,
     dtype: DType | None = DType.F32,
 ) -> Weights:
-    """The weights with every quantized one as numbers of type ``dtype``, without
-    its constants.
+    """The weights with every quantized one as numbers of type ``dtype``,
+    without its constants.
 
     ``dtype=None`` gives the type that the library of the quantization gives. Constants
     of weights that are not in the checkpoint go too. Nothing is computed before it is
@@ -112,8 +112,8 @@ def _replaced(
     numbers: Mapping[str, tuple[str, TensorRef]],
     dropped: set[str],
 ) -> Weights:
-    """The weights with tensors in the place of others, under their own names, and others
-    gone."""
+    """The weights with tensors in the place of others, under their own names,
+    and others gone."""
     new_names = {name for name, _ in numbers.values()}
     names = {codes: name for codes, (name, _) in numbers.items()}
 

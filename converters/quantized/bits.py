@@ -18,8 +18,8 @@ def nibbles(data: Array, high_first: bool = False) -> Array:
 
 
 def looked_up(data: Array, table: Array, high_first: bool = False) -> Array:
-    """The values of a table of 16 for each half of each byte; a look-up for two at
-    once."""
+    """The values of a table of 16 for each half of each byte;
+    a look-up for two at once."""
     lower, higher = np.tile(table, 16), np.repeat(table, 16)
     halves = (higher, lower) if high_first else (lower, higher)
     pairs = np.ascontiguousarray(np.stack(halves, axis=-1))

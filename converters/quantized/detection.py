@@ -69,8 +69,8 @@ def _stated(
     stated: Mapping[str, Any],
     names: Sequence[str],
 ) -> Iterator[QuantizedGroup]:
-    """The groups that config.json alone calls quantized, of tensors that are not
-    trained."""
+    """The groups that config.json alone calls quantized,
+    of tensors that are not trained."""
     in_4_bits = bool(stated.get("load_in_4bit") or stated.get("_load_in_4bit"))
     for name in names:
         tensor, leaf = modules.ref(name), name.rpartition(".")[2]
@@ -87,8 +87,8 @@ def _is_frozen_column(modules: Modules, name: str) -> bool:
 
 
 def quantization(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The quantization in config.json; of a model of several parts, of its text
-    part."""
+    """The quantization in config.json;
+    of a model of several parts, of its text part."""
     for part in (config, (config or {}).get("text_config")):
         stated = part.get("quantization_config") if isinstance(part, Mapping) else None
         if isinstance(stated, Mapping):
@@ -97,8 +97,8 @@ def quantization(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 
 def _four_bits(modules: Modules) -> Iterator[QuantizedGroup]:
-    """``Linear4bit``: X with X.absmax, X.quant_map and
-    X.quant_state.bitsandbytes__nf4."""
+    """``Linear4bit``: X with X.absmax,
+    X.quant_map and X.quant_state.bitsandbytes__nf4."""
     for weight, leaves in modules:
         states = modules.children.get(f"{weight}.quant_state", {})
         state = next((leaf for leaf in states if leaf.startswith("bitsandbytes__")), None)
@@ -116,8 +116,8 @@ def _four_bits(modules: Modules) -> Iterator[QuantizedGroup]:
 
 
 def _holds_four_bits(modules: Modules, weight: str, leaves: Mapping[str, str]) -> bool:
-    """Whether a tensor has as many bytes as its blocks want, under any type of
-    storage."""
+    """Whether a tensor has as many bytes as its blocks want,
+    under any type of storage."""
     from converters.quantized.shapes import four_bit_blocks
 
     tensor, blocks = modules.ref(weight), modules.ref(leaves["absmax"]).numel
@@ -206,8 +206,8 @@ def _blocks(modules: Modules) -> Iterator[QuantizedGroup]:
 
 
 def _hqq(modules: Modules) -> Iterator[QuantizedGroup]:
-    """HQQ: X.W_q with X.scale and X.zero; its codes may be stored as floats
-    (``view_as_float``)."""
+    """HQQ: X.W_q with X.scale and X.zero;
+    its codes may be stored as floats (``view_as_float``)."""
     for prefix, leaves in modules:
         if {"W_q", "scale", "zero"} <= leaves.keys() and not modules.trained(leaves["W_q"]):
             constants = {role: name for role, name in leaves.items() if role not in ("W_q", "bias")}
@@ -217,8 +217,8 @@ def _hqq(modules: Modules) -> Iterator[QuantizedGroup]:
 
 
 def _scaled(modules: Modules) -> Iterator[QuantizedGroup]:
-    """X (float8, int8 or bytes) with X_scale or X_scale_inv: a factor for all, rows or
-    blocks."""
+    """X (float8, int8 or bytes) with X_scale or X_scale_inv:
+    a factor for all, rows or blocks."""
     for _, leaves in modules:
         for leaf, name in leaves.items():
             tensor = modules.ref(name)
@@ -250,8 +250,8 @@ def _scaled(modules: Modules) -> Iterator[QuantizedGroup]:
 
 
 def _unknown(modules: Modules) -> Iterator[QuantizedGroup]:
-    """Codes of other kinds (HQQ, quanto, torchao, AQLM ...): integers beside what scales
-    them."""
+    """Codes of other kinds (HQQ, quanto, torchao,
+    AQLM ...): integers beside what scales them."""
     for prefix, leaves in modules:
         codes = [
             name

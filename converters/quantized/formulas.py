@@ -24,8 +24,8 @@ F32 = np.float32
 
 
 def exact(values: Array, exponents: bool = False) -> Array:
-    """Values of any type in fp32; ``exponents`` are bytes that stand for a power of
-    two."""
+    """Values of any type in fp32;
+    ``exponents`` are bytes that stand for a power of two."""
     if exponents and values.dtype == np.uint8:
         return np.ldexp(F32(1), values.astype(np.int32) - 127).astype(F32)
     return values.astype(F32)
@@ -43,8 +43,8 @@ def rounded(numbers: Array, dtype: DType) -> Array:
 
 
 def blockwise(numbers: Array, factors: Array, block: int) -> tuple[Array, Array]:
-    """Rows of numbers and of factors, each for ``block`` of them, so that they
-    broadcast."""
+    """Rows of numbers and of factors, each for ``block`` of them,
+    so that they broadcast."""
     rows, width = numbers.shape
     if factors.shape[1] == 1 or block == 1:
         return numbers, factors
@@ -65,8 +65,8 @@ def checked(index: Array, count: int) -> Array:
 
 @dataclass(frozen=True)
 class FourBits:
-    """bitsandbytes nf4 and fp4: a table of 16 numbers, times the largest number of the
-    block.
+    """bitsandbytes nf4 and fp4: a table of 16 numbers,
+    times the largest number of the block.
 
     ``nested`` are the codes' own table, factors and offset where the factors are codes
     again. Source: bitsandbytes 0.50 ``backends/default/ops.py`` and ``functional.py``.
@@ -132,8 +132,8 @@ class Nested:
 
 @dataclass(frozen=True)
 class Scaled:
-    """Codes times a factor that a row, a group or a block shares, less a zero point
-    before.
+    """Codes times a factor that a row,
+    a group or a block shares, less a zero point before.
 
     ``bits`` is 0 where a code is an element, 4 for two float4 in a byte, or the bits of
     an integer packed into rows of 32-bit words. ``blocks`` are how many numbers of each
@@ -248,8 +248,8 @@ class Scaled:
         end_row: int,
         inputs: Inputs,
     ) -> tuple[Array, Array]:
-        """The numbers of some rows and the factors of each of them, so that they
-        broadcast."""
+        """The numbers of some rows and the factors of each of them,
+        so that they broadcast."""
         rows = np.arange(first_row, end_row)
         factor_rows = np.zeros(len(rows), np.int64)
         stride = 1

@@ -1,5 +1,5 @@
-"""The groups of tensors that belong together: the codes of a quantized weight, and its
-constants."""
+"""The groups of tensors that belong together:
+the codes of a quantized weight, and its constants."""
 
 from __future__ import annotations
 

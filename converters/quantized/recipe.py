@@ -44,8 +44,8 @@ class NestedConstants:
 
     @property
     def numbers(self) -> str:
-        """The numbers that the formula depends on beside them, as a text to be
-        hashed."""
+        """The numbers that the formula depends on beside them,
+        as a text to be hashed."""
         return f"{self.block} {self.dtype.value} {self.offset!r}"
 
     def formula(self) -> Any:

@@ -1,5 +1,5 @@
-"""From a group to the numbers it stands for: shape, type and formula, or why there is
-none.
+"""From a group to the numbers it stands for:
+shape, type and formula, or why there is none.
 
 Reads small tensors only: the state of bitsandbytes, the shape that compressed-tensors
 keeps.
@@ -74,8 +74,8 @@ class Recipes:
         return scale.dtype if scale.dtype in _SIXTEEN else self.model
 
     def four_bits(self, group: QuantizedGroup, codes: TensorRef) -> Recipe:
-        """The recipe of bitsandbytes' FP4 and NF4: two codes a byte, which index a
-        table.
+        """The recipe of bitsandbytes' FP4 and NF4: two codes a byte,
+        which index a table.
 
         The table has 16 numbers; each block of elements has a factor.
         """
@@ -119,8 +119,8 @@ class Recipes:
         return NestedConstants(table, absmax, block, dtype, small.number(state, "nested_offset"))
 
     def int8(self, group: QuantizedGroup, codes: TensorRef) -> Recipe:
-        """The recipe of bitsandbytes' LLM.int8: a byte a number (out, in), a factor a
-        row."""
+        """The recipe of bitsandbytes' LLM.int8:
+        a byte a number (out, in), a factor a row."""
         scale = self.constant(group, "SCB")
         if small.is_reordered(self.optional(group, "weight_format")):
             raise Unknown("its rows are reordered for one kind of GPU")
@@ -132,8 +132,8 @@ class Recipes:
         return self._scaled(group, codes, shape, scale, self.model, factors)
 
     def scaled(self, group: QuantizedGroup, codes: TensorRef) -> Recipe:
-        """The recipe of codes of a number each: a factor for the tensor, a row or a
-        block."""
+        """The recipe of codes of a number each:
+        a factor for the tensor, a row or a block."""
         scale = self.optional(group, "scale") or self.constant(group, "scale_inv")
         exponents = scale.dtype in (DType.U8, DType.F8_E8M0)
         if codes.dtype.numbers > 1 or (codes.dtype is DType.I8 and exponents):
@@ -156,8 +156,8 @@ class Recipes:
         return self._scaled(group, codes, codes.shape, scale, native, factors)
 
     def nibbles(self, group: QuantizedGroup, codes: TensorRef) -> Recipe:
-        """The recipe of FP4 codes, two a byte: a factor for 16 or 32 of them, a global
-        one."""
+        """The recipe of FP4 codes, two a byte:
+        a factor for 16 or 32 of them, a global one."""
         packed = "weight_scale" in group.constants
         scale = self.constant(group, "weight_scale" if packed else "scale")
         _require(len(codes.shape) > 0, "its codes are not rows of numbers")
@@ -179,8 +179,8 @@ class Recipes:
         return self._scaled(group, codes, shape, scale, self.model, factors)
 
     def rows(self, group: QuantizedGroup, codes: TensorRef) -> Recipe:
-        """The recipe of compressed-tensors' integers (out, in), packed along rows in
-        words.
+        """The recipe of compressed-tensors' integers (out,
+        in), packed along rows in words.
 
         A word has 32 bits.
         """

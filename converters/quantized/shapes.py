@@ -9,8 +9,8 @@ USUAL_BLOCK = 128  # rows and columns that share a factor, where nothing else is
 
 
 def four_bit_blocks(nbytes: int, count: int) -> bool:
-    """Whether ``nbytes`` of 4-bit codes are ``count`` blocks of a size that bitsandbytes
-    has."""
+    """Whether ``nbytes`` of 4-bit codes
+    are ``count`` blocks of a size that bitsandbytes has."""
     return any(
         -(-numbers // block) == count
         for block in _FOUR_BIT_BLOCKS

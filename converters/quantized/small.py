@@ -99,8 +99,8 @@ def mapping(value: Any) -> Mapping[str, Any]:
 
 
 def is_reordered(weight_format: TensorRef | None) -> bool:
-    """Whether LLM.int8 keeps rows in another order than the model's (``weight_format``
-    not 0)."""
+    """Whether LLM.int8 keeps rows in another order
+    than the model's (``weight_format`` not 0)."""
     if weight_format is None or not weight_format.numel:
         return False
     return any(b"".join(map(open_files.read_extent, weight_format.narrow(0, 1).extents)))

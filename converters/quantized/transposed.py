@@ -1,5 +1,5 @@
-"""Formulas for codes that lie with inputs down and outputs across; their numbers come
-transposed.
+"""Formulas for codes that lie with inputs down and outputs across;
+their numbers come transposed.
 
 A piece of the result needs a little of every row of the codes. So the codes of a matrix
 are read once, and kept while its pieces are made: an eighth of its bytes in fp32.
@@ -20,8 +20,8 @@ from converters.tensors import DType, TensorRef
 
 @dataclass(frozen=True)
 class Columns:
-    """GPTQ and AWQ: integers packed into words, inputs down and outputs across; written
-    transposed.
+    """GPTQ and AWQ: integers packed into words,
+    inputs down and outputs across; written transposed.
 
     GPTQ packs down the columns and stores zero points less ``shift``; AWQ packs across
     the rows, in an order of its own. ``index`` says to which group an input belongs,
@@ -112,8 +112,8 @@ class Columns:
 
 @dataclass(frozen=True)
 class Experts:
-    """MXFP4 of gpt-oss: 32 float4 and a power of two; written with the last two axes
-    exchanged.
+    """MXFP4 of gpt-oss: 32 float4 and a power of two;
+    written with the last two axes exchanged.
 
     ``codes`` are experts x rows x groups x 16 bytes, the result experts x (32 groups) x
     rows. Source: transformers 5.24 ``integrations/mxfp4.py``,

@@ -1,5 +1,5 @@
-"""JSON from files that others wrote: as strict as safetensors reads it, and bounded in
-memory.
+"""JSON from files that others wrote:
+as strict as safetensors reads it, and bounded in memory.
 
 ``json`` takes the last of two equal names, NaN, and nests as deep as the stack; a header
 of 100 MB becomes gigabytes of lists. So objects are counted before any is made.

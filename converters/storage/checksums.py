@@ -1,5 +1,5 @@
-"""The account of what was read: CRC32s of pieces, joined until they are those of whole
-records.
+"""The account of what was read: CRC32s of pieces,
+joined until they are those of whole records.
 
 Pieces pass in the order of the output, from several threads; a record's CRC32 is that of
 all its bytes in order. Neighbours are joined as soon as they meet (``crc32_combine``),
@@ -77,8 +77,8 @@ class Ledger:
         return crc32
 
     def digests(self, checksums: Iterable[Checksum]) -> dict[Path, str]:
-        """For each file without CRC32s of its own, a SHA-256 of the CRC32s of what was
-        read."""
+        """For each file without CRC32s of its own,
+        a SHA-256 of the CRC32s of what was read."""
         seals: dict[Path, Any] = {}
         for checksum in checksums:
             extent = checksum.extent

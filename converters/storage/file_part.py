@@ -1,5 +1,5 @@
-"""A run of bytes of an open file, as a file of its own: an item in a file of torch's
-DCP."""
+"""A run of bytes of an open file,
+as a file of its own: an item in a file of torch's DCP."""
 
 from __future__ import annotations
 

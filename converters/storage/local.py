@@ -26,8 +26,8 @@ VISIBLE_AFTER_S = 2.0  # seconds for a file, or its size, to show up on a networ
 
 
 def read_into(fd: int, buffer: memoryview, offset: int) -> int:
-    """Fills ``buffer`` from ``offset`` on; returns the bytes read, fewer only at the
-    file's end."""
+    """Fills ``buffer`` from ``offset`` on;
+    returns the bytes read, fewer only at the file's end."""
     bytes_read = 0
     while bytes_read < len(buffer):
         count = offsets.read_into(fd, buffer[bytes_read:], offset + bytes_read)
@@ -113,8 +113,8 @@ def append(path: Path, data: bytes) -> None:
 
 
 def preallocate(path: Path, nbytes: int) -> None:
-    """Makes a file that takes ``nbytes`` of the disk; ``OSError`` if there is no such
-    room.
+    """Makes a file that takes ``nbytes`` of the disk;
+    ``OSError`` if there is no such room.
 
     ``fallocate(2)``: at once, where the filesystem offers it; else nothing is tried.
     """
@@ -133,8 +133,8 @@ def preallocate(path: Path, nbytes: int) -> None:
 
 
 def swap_names(first_path: Path, second_path: Path) -> bool:
-    """Lets two paths of one filesystem change places at once; ``False`` where that is
-    not offered.
+    """Lets two paths of one filesystem change places at once;
+    ``False`` where that is not offered.
 
     ``renameat2(2)`` with RENAME_EXCHANGE: at no moment is one of the names missing.
     """
@@ -162,8 +162,8 @@ def swap_names(first_path: Path, second_path: Path) -> bool:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[int]:
-    """A file descriptor whose contents become ``path``, all at once and durably, on
-    success."""
+    """A file descriptor whose contents become ``path``,
+    all at once and durably, on success."""
     partial = path.with_name(path.name + ".partial")
     try:
         fd = opening.descriptor(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -211,8 +211,8 @@ def wait_for_file(path: Path, expected_text: str | None = None) -> bool:
 
 
 def settles(path: Path, expected_size: int) -> int | None:
-    """The size of a file that another process has written, as soon as it is
-    ``expected_size``.
+    """The size of a file that another process has written,
+    as soon as it is ``expected_size``.
 
     A network filesystem may know neither the name nor the size for a moment; opening the
     file makes it ask again. What it is after ``VISIBLE_AFTER_S`` seconds is returned,
@@ -228,8 +228,8 @@ def settles(path: Path, expected_size: int) -> int | None:
 
 
 def is_mappable(path: str | os.PathLike[str]) -> bool:
-    """Whether the file can be mapped where it lies, as ``torch.load(mmap=True)`` maps
-    it.
+    """Whether the file can be mapped where it lies,
+    as ``torch.load(mmap=True)`` maps it.
 
     Some FUSE mounts answer ENODEV. An empty file cannot be mapped anywhere.
     """

@@ -55,8 +55,8 @@ class LocalFile:
             raise
 
     def read_scattered(self, offset: int, buffers: Sequence[memoryview]) -> int:
-        """Fills buffers, one after another, from ``offset`` on; the number of bytes
-        read."""
+        """Fills buffers, one after another,
+        from ``offset`` on; the number of bytes read."""
         with local.naming_path(self.path):
             return local.read_scattered(self.fd, buffers, offset)
 
@@ -83,8 +83,8 @@ class LocalFile:
 
 
 class InPlace(local.LocalWriter):
-    """A file of a staging folder that is written where it lies, and can be read
-    meanwhile.
+    """A file of a staging folder that is written where it lies,
+    and can be read meanwhile.
 
     ``had_size`` says whether it had its size already: then it may have its bytes, too.
     """
@@ -94,8 +94,8 @@ class InPlace(local.LocalWriter):
         self.had_size = had_size
 
     def write_cached(self, data: memoryview | bytes, offset: int) -> None:
-        """Writes small pieces: an uncached one waits for those before it in the same
-        page."""
+        """Writes small pieces:
+        an uncached one waits for those before it in the same page."""
         view = memoryview(data)
         while len(view):
             count = offsets.write(self.fd, view, offset)
@@ -156,8 +156,8 @@ class LocalStore:
 
     @contextmanager
     def open_in_place(self, name: Name, nbytes: int) -> Iterator[InPlace]:
-        """Writes a file where it lies, in a folder that counts for nothing yet
-        (``staging``).
+        """Writes a file where it lies,
+        in a folder that counts for nothing yet (``staging``).
 
         It is made ``nbytes`` long, and keeps what it holds; nothing is durable before
         ``sync``.
@@ -234,8 +234,8 @@ def _start(offset: int, size: int) -> int:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """The identity of a file: its device and number, its size, and when its bytes
-    changed."""
+    """The identity of a file: its device and number, its size,
+    and when its bytes changed."""
     return (
         status.st_dev,
         status.st_ino,

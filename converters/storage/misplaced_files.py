@@ -63,8 +63,8 @@ def file(path: Path) -> str | None:
 
 
 def missing(folder: Path) -> str:
-    """The reason in a folder why files are missing from it, as the end of a sentence,
-    or nothing."""
+    """The reason in a folder why files are missing from it,
+    as the end of a sentence, or nothing."""
     try:
         names = stores.names(folder)
     except OSError:
@@ -97,8 +97,8 @@ def _missing_of_local(folder: Path, names: list[str]) -> str:
 
 
 def download_to(path: Path) -> str:
-    """The end of a sentence for a file whose download has not come to its end, or
-    nothing."""
+    """The end of a sentence for a file whose download has not come
+    to its end, or nothing."""
     for suffix in UNFINISHED:
         download = path.with_name(path.name + suffix) if path.name else path
         if stores.is_file(download):

@@ -68,16 +68,16 @@ class FilePool:
 
 
 def max_open_files() -> int:
-    """The number of files that a thread may hold open, fewer where the process may open
-    few."""
+    """The number of files that a thread may hold open,
+    fewer where the process may open few."""
     open_limit = limits.open_files()
     return MAX_OPEN_FILES if open_limit < 0 else max(4, min(MAX_OPEN_FILES, open_limit // 8))
 
 
 @dataclass(frozen=True, eq=False)
 class Parsed:
-    """The value that a file was parsed to, and the bytes of the text that it was parsed
-    from."""
+    """The value that a file was parsed to,
+    and the bytes of the text that it was parsed from."""
 
     value: Any
     nbytes: int
@@ -217,8 +217,8 @@ def example(key: Hashable) -> object | None:
 
 
 def keep_example(key: Hashable, value: object) -> None:
-    """Keeps a value for as long as the command runs, if there is one; the last few are
-    kept."""
+    """Keeps a value for as long as the command runs,
+    if there is one; the last few are kept."""
     if _current.files is not None:
         _current.files.keep_example(key, value)
 

@@ -60,8 +60,8 @@ class File(Readable, Protocol):
         """Equal to that of ``Store.status`` for as long as the bytes are the same."""
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
-        """The bytes of each range, in their order: one request where a store can do
-        that."""
+        """The bytes of each range,
+        in their order: one request where a store can do that."""
 
     def contents(self) -> AbstractContextManager[Any]:
         """All bytes, to be sliced and searched; a local file is mapped, not read."""
@@ -120,8 +120,8 @@ class Store(Protocol):
         """The status of a path; ``OSError`` if nothing is there."""
 
     def entries(self, folder: Name) -> Sequence[FolderEntry]:
-        """The entries right in ``folder``, by name; ``OSError`` if it is not a
-        folder."""
+        """The entries right in ``folder``,
+        by name; ``OSError`` if it is not a folder."""
 
     def list(self, folder: Name) -> Iterator[StoredFile]:
         """The files below ``folder``, in the order of their names."""
@@ -148,14 +148,14 @@ def local_path(name: Name) -> Path:
 
 
 def output_path(name: Name) -> Path:
-    """The path that a name is, where something is written; ``CheckpointError`` for a
-    URL."""
+    """The path that a name is,
+    where something is written; ``CheckpointError`` for a URL."""
     return _local(name, "name a local folder, and upload that")
 
 
 def default_output(source: Path, name: str) -> Path:
-    """A sibling of what is read; ``CheckpointError`` beside a URL, where none can be
-    made."""
+    """A sibling of what is read; ``CheckpointError`` beside a URL,
+    where none can be made."""
     if is_url(source):
         raise CheckpointError(
             f"{source} is a URL, and the output has to be a local folder: name it with "

@@ -145,8 +145,8 @@ def opened(path: Name) -> Iterator[File]:
 
 
 def head(path: Name, nbytes: int) -> bytes:
-    """The first bytes of a file, fewer where it is shorter; ``OSError`` if it cannot be
-    read."""
+    """The first bytes of a file, fewer where it is shorter;
+    ``OSError`` if it cannot be read."""
     with opened(path) as file:
         return file.read([(0, nbytes)])[0]
 

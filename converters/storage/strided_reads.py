@@ -67,8 +67,8 @@ def _part_of_run(runs: Strided, start: int, length: int) -> Extent:
 
 
 def _boxes(offset: int, axes: Axes, first: int, stop: int) -> Iterator[tuple[int, Axes]]:
-    """The runs from ``first`` to ``stop`` as boxes in their order: offset and axes of
-    each."""
+    """The runs from ``first`` to ``stop`` as boxes in their order:
+    offset and axes of each."""
     if first >= stop:
         return
     if not axes:

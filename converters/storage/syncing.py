@@ -91,8 +91,8 @@ def sync_file(path: Path) -> None:
 
 @contextmanager
 def naming_path(path: Path) -> Iterator[None]:
-    """Has an ``OSError`` of a descriptor say which file it was, one of shutil's which
-    copy."""
+    """Has an ``OSError`` of a descriptor say which file it was,
+    one of shutil's which copy."""
     try:
         yield
     except OSError as error:

@@ -1,5 +1,5 @@
-"""A path that is a URL: it is joined, compared and shown as a path is, and never opened
-as one.
+"""A path that is a URL: it is joined, compared and shown as a path is,
+and never opened as one.
 
     source_path("s3://bucket/run") / "latest"     UrlPath("s3://bucket/run/latest")
 
@@ -70,8 +70,8 @@ class UrlPath(PosixPath):
         return self
 
     def is_absolute(self) -> bool:
-        """Whether it begins with a scheme; what is left of one by ``relative_to`` does
-        not."""
+        """Whether it begins with a scheme;
+        what is left of one by ``relative_to`` does not."""
         return bool(scheme_of(self))
 
     def refuse(self, *_: object, **__: object) -> NoReturn:
@@ -95,8 +95,8 @@ def scheme_of(name: str | os.PathLike[str]) -> str:
 
 
 def canonical(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The path that "file:///PATH" stands for, another URL with its scheme in lower
-    case.
+    """The path that "file:///PATH" stands for,
+    another URL with its scheme in lower case.
 
     ``CheckpointError`` for an empty text, which ``Path`` would take for the current
     folder: it comes of a variable that is not set.
@@ -124,8 +124,8 @@ def canonical(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
 
 
 def download(name: str | os.PathLike[str]) -> str:
-    """The advice for a URL that is not read here, with the command where one is
-    known."""
+    """The advice for a URL that is not read here,
+    with the command where one is known."""
     url = os.fspath(name)
     if match := _REPOSITORY.fullmatch(url):
         revision = match["at"] or match["of"]
@@ -137,6 +137,6 @@ def download(name: str | os.PathLike[str]) -> str:
 
 
 def absolute(path: Path) -> Path:
-    """The path from the root on, without ``.`` and ``..``, links kept; a URL is one
-    already."""
+    """The path from the root on,
+    without ``.`` and ``..``, links kept; a URL is one already."""
     return path if isinstance(path, UrlPath) else Path(os.path.abspath(path))

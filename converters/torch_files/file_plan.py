@@ -1,5 +1,5 @@
-"""A tree as the plan of a file that ``torch.load`` reads as what ``torch.save`` was
-given.
+"""A tree as the plan of a file that ``torch.load`` reads
+as what ``torch.save`` was given.
 
     NAME/data.pkl | NAME/byteorder
     NAME/data/0 | NAME/data/1 | ...     one storage each; those of a page or more on whole pages
@@ -55,8 +55,8 @@ def shard(filename: str, tree: Any, pickles: Pickles | None = None) -> Shard:
 
 
 def plan(shards: Sequence[Shard]) -> Plan:
-    """The plan of these files, with the checksums of the records that they take bytes
-    from."""
+    """The plan of these files,
+    with the checksums of the records that they take bytes from."""
     total = sum(placement.nbytes for shard in shards for placement in shard.placements)
     return Plan(tuple(shards), None, total, {}, _checksums(shards))
 
@@ -104,8 +104,8 @@ def entries(name: str, storage: Storage) -> Iterator[Entry]:
 
 
 def _parts(extents: Extents) -> Iterator[Part]:
-    """The parts of a vector that a placement each is made of: tiles, or not too many
-    runs."""
+    """The parts of a vector that a placement each is made of: tiles,
+    or not too many runs."""
     for part in parts_of(extents):
         if isinstance(part, (Partitioned, Tiled)):
             yield part

@@ -32,8 +32,8 @@ def read(
     builders: Builders,
     stored: torch_file.Stored,
 ) -> torch_file.TorchFile:
-    """Reads the pickles of ``path`` and none of its tensors. ``CheckpointError`` if
-    damaged."""
+    """Reads the pickles of ``path`` and none of its tensors.
+    ``CheckpointError`` if damaged."""
     with file.contents() as data:
         return _read(path, data, builders, stored)
 

@@ -1,5 +1,5 @@
-"""A torch file's object as its pickle says it, to be written again with some parts
-replaced.
+"""A torch file's object as its pickle says it,
+to be written again with some parts replaced.
 
 Here nothing is built: ``OrderedDict``, ``torch.Size``, the loss scaler, an enum and
 every tensor stay the calls (``Call``) that the pickle asks for, so that what is
@@ -98,8 +98,8 @@ def size(shape: Sequence[int]) -> Call:
 
 
 def pairs(node: Any) -> Pairs:
-    """The keys and values of a dict or an ``OrderedDict``; ``MalformedError`` for
-    anything else."""
+    """The keys and values of a dict or an ``OrderedDict``;
+    ``MalformedError`` for anything else."""
     if isinstance(node, dict):
         return list(node.items())
     if not isinstance(node, Call) or node.of != ORDERED:
@@ -118,8 +118,8 @@ def pairs(node: Any) -> Pairs:
 
 
 def replaced(node: Any, values: Mapping[Any, Any]) -> Any:
-    """A dict or an ``OrderedDict`` with other values, in its own order; new keys come
-    last."""
+    """A dict or an ``OrderedDict`` with other values,
+    in its own order; new keys come last."""
     members = dict(pairs(node)) | dict(values)
     if isinstance(node, dict):
         return members

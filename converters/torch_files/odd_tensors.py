@@ -68,8 +68,8 @@ class LazyView(Call):
 
 @dataclass(slots=True, eq=False, repr=False)
 class Repeated(Call):
-    """A view that repeats the elements of ``base``, a whole storage, as ``expand`` makes
-    it.
+    """A view that repeats the elements of ``base``, a whole storage,
+    as ``expand`` makes it.
 
     ``kind`` is the element type under torch's name; offset and stride count elements.
     """
@@ -97,8 +97,8 @@ def reason(value: Any) -> str:
 
 
 def is_object(value: Any) -> bool:
-    """Whether a value is an object of a class, or the result of a call, and not a
-    tensor."""
+    """Whether a value is an object of a class,
+    or the result of a call, and not a tensor."""
     return isinstance(value, Call) and tensor_kind(value) is None
 
 

@@ -1,5 +1,5 @@
-"""A file written by ``torch.save``: whether it is a zip, an older stream, or something
-else."""
+"""A file written by ``torch.save``: whether it is a zip, an older stream,
+or something else."""
 
 from __future__ import annotations
 

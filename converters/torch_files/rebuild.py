@@ -1,5 +1,5 @@
-"""The names in the pickles of ``torch.save``, and what they mean here: tensors located,
-not built.
+"""The names in the pickles of ``torch.save``,
+and what they mean here: tensors located, not built.
 
 The table ``BUILDERS`` is the whole policy: what stands in it is built by the functions
 of this module, everything else a pickle names stays an inert record. Sources:
@@ -54,8 +54,8 @@ def storage_id(persistent_id: Any, path: Path) -> tuple[DType | None, str, int]:
 
 
 def raw_storage(persistent_id: Any, extent: Extent) -> Call:
-    """A storage of a kind that is not read: its bytes, where the size of an element is
-    known."""
+    """A storage of a kind that is not read: its bytes,
+    where the size of an element is known."""
     _, itemsize = UNREAD.get(persistent_id[1].name, ("", 0))
     is_complete = itemsize and extent.length == persistent_id[4] * itemsize
     return Call(persistent_id[1], (_bytes(extent),) if is_complete else ())
@@ -164,8 +164,8 @@ def _quantized(*arguments: Any) -> Call:
 
 
 def _tensor_v3(*arguments: Any) -> TensorRef | Call:
-    """``torch._utils._rebuild_tensor_v3``: the storage is bytes, the element type is
-    given."""
+    """``torch._utils._rebuild_tensor_v3``:
+    the storage is bytes, the element type is given."""
     storage, offset, shape, stride, _, _, kind = _first_arguments(arguments, 7)
     tensor = _of_dtype(storage, offset, shape, stride, kind)
     return _seen_through(tensor, arguments[7:])
@@ -196,8 +196,8 @@ _TENSOR_TYPES = {"Tensor", "Parameter", "Buffer", "NestedTensor"}
 
 
 def _typed(*call: Any) -> Any:
-    """``torch._tensor._rebuild_from_type_v2``: a tensor with attributes, or of a
-    subclass."""
+    """``torch._tensor._rebuild_from_type_v2``: a tensor with attributes,
+    or of a subclass."""
     if len(call) != 4:
         raise MalformedError(f"a typed tensor is made of {len(call)} values, expected 4")
 
@@ -241,8 +241,8 @@ def _set(*arguments: Any) -> set[Any] | Call:
 
 
 def _copied(*arguments: Any) -> TensorRef | Call:
-    """``torch._utils._rebuild_device_tensor_from_cpu_tensor``: of a device without
-    storages.
+    """``torch._utils._rebuild_device_tensor_from_cpu_tensor``:
+    of a device without storages.
 
     The tensor that was saved has the type that is given, as it is a copy.
     """

@@ -1,5 +1,5 @@
-"""The records of files that tensors lie in, with the CRC32s that the files give for
-them."""
+"""The records of files that tensors lie in,
+with the CRC32s that the files give for them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def located(
     refs: Iterable[TensorRef],
     files: Iterable[TorchFile],
 ) -> tuple[Checksum, ...]:
-    """The records of the files that the tensors lie in, sorted; runs of raw files have
-    no CRC32."""
+    """The records of the files that the tensors lie in,
+    sorted; runs of raw files have no CRC32."""
     checksums_by_path = {file.path: file.checksums for file in files}
     used_records: dict[tuple[Path, int], Checksum] = {}
     places = per_record(tensor.extents for tensor in refs)

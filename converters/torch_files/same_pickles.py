@@ -1,5 +1,5 @@
-"""Files whose pickles are the same bytes, as those of most ranks are: one is
-interpreted.
+"""Files whose pickles are the same bytes,
+as those of most ranks are: one is interpreted.
 
     rank 0    data.pkl | data/0 | data/1 ...      interpreted: an example
     rank 1    data.pkl | data/0 | data/1 ...      the same bytes: the example's object, with each
@@ -30,8 +30,8 @@ _CONSTANTS = (str, int, float, bool, bytes, type(None), Global, TypedRecord)
 
 
 class Example(NamedTuple):
-    """A file that was interpreted: its pickle, its object, and its storages by their
-    keys.
+    """A file that was interpreted: its pickle, its object,
+    and its storages by their keys.
 
     ``fixed`` are what of the object is the same in all files, by identity, once that is
     known.
@@ -48,8 +48,8 @@ class UnmovableError(Exception):
 
 
 def example_of(data: bytes, form: str) -> Example | None:
-    """A file of this command with the same pickle that was read in the same form, if
-    any."""
+    """A file of this command with the same pickle
+    that was read in the same form, if any."""
     example = open_files.example(_key(data, form))
     return example if isinstance(example, Example) and example.data == data else None
 
@@ -61,8 +61,8 @@ def keep(form: str, example: Example) -> None:
 
 
 def moved(example: Example, path: Path, locate: Callable[[str], Checksum]) -> Any:
-    """The object of the file ``path``; ``locate`` says where a storage lies there, by
-    its key.
+    """The object of the file ``path``;
+    ``locate`` says where a storage lies there, by its key.
 
     ``UnmovableError`` where a storage has another size there, or the object has values
     that nothing is known of.
@@ -82,8 +82,8 @@ def _key(data: bytes, form: str) -> tuple[str, int, int]:
 
 
 class _Move:
-    """Moves an object to another file: ``places`` has the runs there by the offsets
-    here."""
+    """Moves an object to another file:
+    ``places`` has the runs there by the offsets here."""
 
     def __init__(self, places: Mapping[int, Extent], path: Path, fixed: set[int]):
         self.path = path

@@ -1,5 +1,5 @@
-"""A file of ``torch.save`` as it is read: its root object, and where its storages
-lie."""
+"""A file of ``torch.save`` as it is read: its root object,
+and where its storages lie."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from converters.tensors import Checksum, DType, TensorRef, record_index
 
 @dataclass(frozen=True)  # without slots: ``open_files`` refers to it weakly
 class TorchFile:
-    """A file of ``torch.save``: its root object, and the runs of bytes its storages lie
-    in.
+    """A file of ``torch.save``: its root object,
+    and the runs of bytes its storages lie in.
 
     ``checksums`` are sorted by offset. ``digest`` is the SHA-256 of a zip's central
     directory, which binds every record's size and CRC32; ``None`` where CRC32s are
@@ -31,8 +31,8 @@ class TorchFile:
     pickle_bytes: int = 0
 
     def storage(self, tensor: TensorRef) -> Checksum | None:
-        """The storage that the tensor's first byte lies in; ``None`` for an empty
-        tensor."""
+        """The storage that the tensor's first byte lies in;
+        ``None`` for an empty tensor."""
         if not tensor.numel:
             return None
 

@@ -23,8 +23,8 @@ def as_bytes(
     shape: Any,
     stride: Any,
 ) -> TensorRef:
-    """A view into a storage of bytes whose elements have ``itemsize`` bytes, as those
-    bytes."""
+    """A view into a storage of bytes whose elements have ``itemsize`` bytes,
+    as those bytes."""
     _require_storage(data)
     numel = data.numel // itemsize
     extents = _runs(data.extents[0], numel, itemsize, offset, shape, stride)
@@ -32,8 +32,8 @@ def as_bytes(
 
 
 def _require_storage(storage: TensorRef) -> None:
-    """Raises for a view in the place of a storage: its bytes are several runs in the
-    file."""
+    """Raises for a view in the place of a storage:
+    its bytes are several runs in the file."""
     if len(storage.extents) > 1 or len(storage.shape) != 1:
         raise MalformedError("a tensor is made of a view, expected a storage")
 
@@ -54,8 +54,8 @@ def _runs(
     shape: Any,
     stride: Any,
 ) -> Extents:
-    """The runs of a view into a storage of ``storage_numel`` elements of ``itemsize``
-    bytes."""
+    """The runs of a view into a storage
+    of ``storage_numel`` elements of ``itemsize`` bytes."""
     if not isinstance(shape, (tuple, list)) or not isinstance(stride, (tuple, list)):
         raise MalformedError("the shape or the stride of a tensor is not a tuple")
 
@@ -91,8 +91,8 @@ def _merged(axes: Axes) -> tuple[int, Axes]:
 
 
 def is_repetition(storage_numel: int, shape: Any, stride: Any) -> bool:
-    """Whether a view repeats the elements of its storage in more runs than are read one
-    by one.
+    """Whether a view repeats the elements
+    of its storage in more runs than are read one by one.
 
     ``torch.Tensor.expand`` makes such views. False for what is not a view at all.
     """

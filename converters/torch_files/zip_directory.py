@@ -33,8 +33,8 @@ _FLAGS = 0x0808  # sizes behind the payload; names in UTF-8
 
 
 class ZipEntry(NamedTuple):
-    """A stored record: where its local header begins, its bytes and their CRC32 (0:
-    none)."""
+    """A stored record:
+    where its local header begins, its bytes and their CRC32 (0: none)."""
 
     header: int
     size: int
@@ -60,8 +60,8 @@ class Directory(NamedTuple):
         return self.payload_behind(name, self.headers(file, [name])[name])
 
     def headers(self, file: File, names: Sequence[str]) -> dict[str, bytes]:
-        """The local headers of records with their names behind, as they stand: one
-        request."""
+        """The local headers of records with their names behind,
+        as they stand: one request."""
         ranges = [(self.records[n].header, _LOCAL.size + len(n.encode())) for n in names]
         return dict(zip(names, file.read(ranges), strict=True))
 
@@ -194,8 +194,8 @@ def _read_wide_end(path: Path, data: bytes, directory_end: int) -> tuple[int, in
 
 
 def _record(path: Path, data: bytes, position: int) -> tuple[str, ZipEntry, int]:
-    """The record whose central header is at ``position``, and where the next header
-    begins."""
+    """The record whose central header is at ``position``,
+    and where the next header begins."""
     header_bytes = data[position : position + _CENTRAL.size]
     if len(header_bytes) != _CENTRAL.size or header_bytes[:4] != b"PK\x01\x02":
         _damaged(path, f"its directory has no record at byte {position}")

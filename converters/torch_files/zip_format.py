@@ -1,5 +1,5 @@
-"""A file written by ``torch.save``, read as the same object with a ``TensorRef`` for
-each tensor.
+"""A file written by ``torch.save``,
+read as the same object with a ``TensorRef`` for each tensor.
 
     zip (torch 1.6 and later)         local header | payload | descriptor   for every record
       NAME/data.pkl                     the object; tensors name their storage by a key
@@ -39,8 +39,8 @@ MAX_PICKLE_BYTES = 1 << 30  # bytes of data.pkl; the largest seen is a few MB
 def read(
     file: File, path: Path, builders: Builders, stored: Stored, form: str | None = None
 ) -> TorchFile:
-    """The file of a zip; ``CheckpointError`` if it is damaged. Arguments: see
-    ``reader.read_as``.
+    """The file of a zip; ``CheckpointError`` if it is damaged.
+    Arguments: see ``reader.read_as``.
 
     With ``form`` a file whose pickle another one of this command has, too, is not
     interpreted again.
@@ -81,8 +81,8 @@ def read(
 def _root(
     records: _Records, data: bytes, builders: Builders, stored: Stored, form: str | None
 ) -> Any:
-    """The object of a pickle: that of a file with the same pickle, moved, or
-    interpreted."""
+    """The object of a pickle:
+    that of a file with the same pickle, moved, or interpreted."""
     example = same_pickles.example_of(data, form) if form else None
     if example is not None:
         try:
@@ -171,8 +171,8 @@ class _Records:
         )
 
     def _header(self, name: str) -> bytes:
-        """The local header of a record, which is asked for once; it comes with those
-        behind it."""
+        """The local header of a record,
+        which is asked for once; it comes with those behind it."""
         while name not in self.headers:
             batch = list(islice(self.unread_names, MAX_HEADERS)) or [name]
             self.headers |= self.directory.headers(self.file, batch)

@@ -93,8 +93,8 @@ class EntryHeader:
 
 
 def directory(records: Sequence[EntryHeader], crcs: Sequence[int]) -> bytes:
-    """All from the central directory, which follows the last record, to the end of the
-    file."""
+    """All from the central directory,
+    which follows the last record, to the end of the file."""
     entries = b"".join(map(EntryHeader.central, records, crcs))
     count, size, start = len(records), len(entries), records[-1].end
 

@@ -1,5 +1,5 @@
-"""The zip of a torch file as a plan: stored records, large ones at a multiple of an
-alignment.
+"""The zip of a torch file as a plan: stored records,
+large ones at a multiple of an alignment.
 
     NAME/data.pkl | ... | NAME/data/0 | NAME/data/1 | ... | NAME/version | central
     directory
@@ -40,8 +40,8 @@ class Archive:
         self.position += len(data)
 
     def tensor(self, name: str, parts: Sequence[Entry]) -> None:
-        """Adds a record of tensors, one right after the other; their names are new to
-        the file."""
+        """Adds a record of tensors, one right after the other;
+        their names are new to the file."""
         size = sum(part.nbytes for part in parts)
         self._begin(name, size, 0, parts[0].name if size else None)
         for part in parts:

@@ -161,8 +161,8 @@ def _model_files(files: discovery.Files, stage: int) -> list[State]:
 
 
 def _require_one_model_rank(place: Place, states: Sequence[State]) -> None:
-    """``CheckpointError`` where files of further model-parallel ranks should be here,
-    too."""
+    """``CheckpointError`` where files
+    of further model-parallel ranks should be here, too."""
     for state in states:
         count = state.root.get("mp_world_size")
         if isinstance(count, int) and count > 1:
@@ -192,8 +192,8 @@ def _require_ranks(
     require_all: bool,
     model_rank: int | None,
 ) -> list[str]:
-    """Notes on model files of stage 3 that are missing; ``CheckpointError`` if they are
-    needed."""
+    """Notes on model files of stage 3 that are missing;
+    ``CheckpointError`` if they are needed."""
     if not files.partitioned:
         return []
 
@@ -299,8 +299,8 @@ def stage_of(optimizers: Mapping[int, State]) -> int:
 
 
 class ExpertsError(CheckpointError):
-    """The error for experts that are dealt out to ranks, which the files' names did not
-    show."""
+    """The error for experts that are dealt out to ranks,
+    which the files' names did not show."""
 
 
 def refuse_foreign(states: Iterable[State]) -> None:

@@ -139,8 +139,8 @@ def _stage3(checkpoint: Checkpoint, optimizer: Section) -> Iterator[ParamGroup]:
 def _sub_group_indices(
     rank: State, group_options: Sequence[dict[str, Any]], sub_group_count: int
 ) -> list[list[int]]:
-    """The sub-groups of each param group; ``CheckpointError`` unless they are all, in
-    order."""
+    """The sub-groups of each param group;
+    ``CheckpointError`` unless they are all, in order."""
     indices_by_group = [
         Section(rank.path, "param_groups", group).numbers("params") for group in group_options
     ]

@@ -109,8 +109,8 @@ def stage3(ranks: Sequence[TensorRef], shapes: Shapes) -> Iterator[tuple[str, Te
 
 
 def _rank_vectors(ranks: Sequence[TensorRef]) -> RankVectors | None:
-    """The ranks' vectors, where each is one run of bytes in a file of torch.save of its
-    own."""
+    """The ranks' vectors,
+    where each is one run of bytes in a file of torch.save of its own."""
     extents = [rank.extents[0] for rank in ranks if len(rank.extents) == 1]
     paths = {extent.path for extent in extents if not extent.path.name.endswith(SWAPPED)}
     same_type = len({rank.dtype for rank in ranks}) == 1
@@ -187,8 +187,8 @@ def partition_parameter(parameter: TensorRef, rank: int, world_size: int) -> Ten
 
 
 def partition_parameters(parameters: Sequence[TensorRef], world_size: int) -> list[TensorRef]:
-    """The ranks' vectors of a sub-group: their pieces of each parameter, one after
-    another.
+    """The ranks' vectors of a sub-group:
+    their pieces of each parameter, one after another.
 
     ``MalformedError`` if there are none, or they are of several types.
     """

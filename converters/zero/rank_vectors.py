@@ -63,8 +63,8 @@ class RankFiles:
     def vectors(
         self, index: int, shapes: Mapping[str, Shape], options: Mapping[str, Any] | None
     ) -> dict[str, list[TensorRef]]:
-        """The weights of a group and each state of its elements: the vectors of all
-        ranks."""
+        """The weights of a group and each state of its elements:
+        the vectors of all ranks."""
         masters, padded_sizes = self._partitions(index, shapes)
         states = [by_group[index] for by_group in self.states]
         label = f"group {index}"
@@ -132,8 +132,8 @@ def _unpadded(masters: Sequence[TensorRef], numel: int) -> list[TensorRef]:
 
 @dataclass(frozen=True, slots=True)
 class SubGroupFiles:
-    """The vectors in the optimizer files of stage 3, by rank: states and flat
-    weights."""
+    """The vectors in the optimizer files of stage 3,
+    by rank: states and flat weights."""
 
     checkpoint: Checkpoint
     states: list[Section]
@@ -151,8 +151,8 @@ class SubGroupFiles:
     def vectors(
         self, index: int, first_index: int, shapes: Mapping[str, Shape]
     ) -> dict[str, list[TensorRef]]:
-        """The weights of a sub-group and each state of its elements: the vectors of all
-        ranks.
+        """The weights of a sub-group and each state of its elements:
+        the vectors of all ranks.
 
         ``first_index`` is the first sub-group of the param group, which has the same
         constants.
@@ -271,8 +271,8 @@ def _require_same_keys(
 def _is_constant(
     checkpoint: Checkpoint, label: str, values: Sequence[Any], padded_sizes: Sequence[int]
 ) -> bool:
-    """Whether the ranks' values are one that is kept once; raises if they are not the
-    same."""
+    """Whether the ranks' values are one that is kept once;
+    raises if they are not the same."""
     by_rank = zip(values, padded_sizes, strict=True)
     if any(_per_element(value, length) for value, length in by_rank):
         return False

@@ -109,8 +109,8 @@ def _assign(
     indices_by_group: list[range],
     exact: Callable[[int], bool],
 ) -> tuple[dict[int, int], bool]:
-    """The place of each master's tensor, and whether values alone, not the order, tell
-    it.
+    """The place of each master's tensor,
+    and whether values alone, not the order, tell it.
 
     ``CheckpointError`` for a master that fits no tensor, or several.
     """

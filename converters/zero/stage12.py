@@ -83,8 +83,8 @@ def group_partitions(ranks: Sequence[State]) -> list[list[TensorRef]]:
 
 
 def _sub_partitions(ranks: Sequence[State]) -> list[list[TensorRef]]:
-    """The flat fp32 vectors of stage 1 until 0.3.16, which dealt sub-partitions out in
-    turns.
+    """The flat fp32 vectors of stage 1 until 0.3.16,
+    which dealt sub-partitions out in turns.
 
     Sub-partition c of rank r is run c * world_size + r of its group
     (``_retrieve_group_sub_partition_weights`` in v0.3.16 ``runtime/zero/stage1.py``).

@@ -26,8 +26,8 @@ def contradiction(checkpoint: Checkpoint) -> str | None:
 
 
 def optimizer_steps(checkpoint: Checkpoint) -> int | None:
-    """The most steps that a group of the optimizer has taken; ``None`` if nothing says
-    it.
+    """The most steps that a group of the optimizer has taken;
+    ``None`` if nothing says it.
 
     Source: DeepSpeed 0.19.8 ``runtime/engine.py: _save_checkpoint`` (``global_steps``,
     ``skipped_steps``), and the state of torch's optimizers (``step``).

@@ -1,5 +1,5 @@
-"""The results that commands print, as frozen dataclasses: their fields are the keys of
-``--json``.
+"""The results that commands print,
+as frozen dataclasses: their fields are the keys of ``--json``.
 
 checkpoints  show: one checkpoint, its adapters, its quantized weights
 conversion   to-fp32, and what was proven of weights

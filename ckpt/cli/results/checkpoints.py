@@ -11,8 +11,8 @@ from ckpt.results import TrainingState
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """A tensor as it is stored: its element type, as safetensors calls it, and its
-    shape.
+    """A tensor as it is stored: its element type,
+    as safetensors calls it, and its shape.
 
     Of a tensor that no safetensors file could have, the type is torch's word for it,
     such as sparse, and the shape ``None`` where only reading it tells.
@@ -24,8 +24,8 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterEntry:
-    """One adapter. ``ranks`` are LoRA's; ``config`` is the adapter_config.json that was
-    found.
+    """One adapter. ``ranks`` are LoRA's;
+    ``config`` is the adapter_config.json that was found.
 
     ``empty_file`` is a file of the adapter whose tensors have no elements.
     """
@@ -61,8 +61,8 @@ class AdapterFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedFacts:
-    """The quantized weights: how many there are by scheme, and what their codes stand
-    for.
+    """The quantized weights: how many there are by scheme,
+    and what their codes stand for.
 
     ``parameters`` counts the numbers that the codes stand for, ``uncounted_weights`` the
     weights of which that is not known, ``missing_weights`` those whose codes are not in

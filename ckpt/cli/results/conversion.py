@@ -32,8 +32,8 @@ class ConversionSource(TrainingState):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionResult:
-    """A conversion done or, with ``dry_run``, what it would do; ``checks`` is ``None``
-    then.
+    """A conversion done or,
+    with ``dry_run``, what it would do; ``checks`` is ``None`` then.
 
     ``kind`` is model, adapter or merged. ``reader`` is the library that loads the
     output, ``loads`` whether it does, as ``verdict`` says in words. ``renamed`` has new

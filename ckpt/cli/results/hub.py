@@ -88,8 +88,8 @@ class PulledFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullResult:
-    """A repository as a folder. ``step`` is that of a training state, which was
-    verified.
+    """A repository as a folder. ``step`` is that of a training state,
+    which was verified.
 
     ``seconds`` is ``None`` where nothing was fetched (``dry_run``).
     """

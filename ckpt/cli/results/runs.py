@@ -98,8 +98,8 @@ class SkippedCheckpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatestResult:
-    """The checkpoint that a resume takes. ``pointer`` is the text of the file latest, or
-    best.
+    """The checkpoint that a resume takes.
+    ``pointer`` is the text of the file latest, or best.
 
     ``state`` and ``written_by`` as in ``CheckpointEntry``.
     """
@@ -134,8 +134,8 @@ class PruneEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UntouchedEntry:
-    """A checkpoint that is not committed, and so was left alone; ``reason`` as in
-    ``ls``."""
+    """A checkpoint that is not committed,
+    and so was left alone; ``reason`` as in ``ls``."""
 
     path: Path
     state: str
@@ -146,8 +146,8 @@ class UntouchedEntry:
 
 @dataclass(frozen=True, slots=True)
 class PruneResult:
-    """The checkpoints that were deleted, or would be. ``freed_bytes`` is what they
-    take."""
+    """The checkpoints that were deleted,
+    or would be. ``freed_bytes`` is what they take."""
 
     dry_run: bool
     checkpoints: tuple[PruneEntry, ...]

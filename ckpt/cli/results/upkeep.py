@@ -35,8 +35,8 @@ class DoctorResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdoptionEntry:
-    """A checkpoint that had no manifest, its state then, whether it got one, and if not,
-    why.
+    """A checkpoint that had no manifest, its state then, whether it got one,
+    and if not, why.
 
     ``no_checksum_bytes`` of it had no checksum before, and were taken as they are;
     ``doubt`` is what speaks against its files being of one save, where ``--one-save``
@@ -79,8 +79,8 @@ class SlimResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectResult:
-    """Parts of nodes, joined: where each file comes from, by its name, and the bytes to
-    copy."""
+    """Parts of nodes, joined: where each file comes from,
+    by its name, and the bytes to copy."""
 
     dry_run: bool
     output: Path

@@ -1,5 +1,5 @@
-"""Tensors of which each rank of a running training has a part: no rank has the whole
-model.
+"""Tensors of which each rank of a running training has a part:
+no rank has the whole model.
 
 split_tensors  what this rank has of each tensor: tensor parallelism, experts, pipelines
 part           a part as other ranks are told of it: boxes of a tensor, and who has the same

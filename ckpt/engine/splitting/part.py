@@ -31,8 +31,8 @@ class PartBox(NamedTuple):
 
 
 class RankSet(NamedTuple):
-    """Ranks that have the same shard: the first of them, this one's number, and how
-    many."""
+    """Ranks that have the same shard: the first of them, this one's number,
+    and how many."""
 
     first: int
     position: int
@@ -41,8 +41,8 @@ class RankSet(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelPart:
-    """The part that this rank has of the tensor ``name`` of the whole model, which has
-    ``shape``.
+    """The part that this rank has of the tensor ``name`` of the whole model,
+    which has ``shape``.
 
     ``shard_shape`` is that of its own tensor. The ranks of ``copies`` all have what this
     one has; those of ``partitions`` have its optimizer's state (of ZeRO-3, its values)

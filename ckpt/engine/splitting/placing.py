@@ -82,8 +82,8 @@ class Placing:
 
 
 def placed(placing: Placing | None, start: int, count: int) -> Iterator[PlacedRun]:
-    """Where elements go; ``None`` is for a tensor whose elements are counted in their
-    own order."""
+    """Where elements go;
+    ``None`` is for a tensor whose elements are counted in their own order."""
     if placing is None:
         return iter([PlacedRun(start, 0, count)])
     return placing.runs(start, count)
@@ -95,8 +95,8 @@ def _walk(shape: Shape, cell: PlacedBox) -> Walk:
 
 
 def share_of_crc32(crc32: int, nbytes: int, bytes_after: int) -> int:
-    """The share of some bytes in the CRC32 of their record, which has ``bytes_after``
-    behind them.
+    """The share of some bytes in the CRC32 of their record,
+    which has ``bytes_after`` behind them.
 
     CRC32 is linear: the sum (exclusive or) of the shares of all bytes and the CRC32 of
     as many zeros is that of the record, whoever has computed each and in any order.

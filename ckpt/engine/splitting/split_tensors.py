@@ -1,5 +1,5 @@
-"""The part that this rank has of each tensor where more than ZeRO cuts them; nothing
-communicates here.
+"""The part that this rank has of each tensor where more than ZeRO cuts them;
+nothing communicates here.
 
     tensor parallelism   a box or several of a tensor, by the affine map that AutoTP leaves in the
                          model (``universal_checkpoint_info``), or by its lists of patterns
@@ -46,8 +46,8 @@ class SplitEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelRanks:
-    """Tensor-parallel ranks and the number of this one among them; the stage of a
-    pipeline."""
+    """Tensor-parallel ranks and the number of this one among them;
+    the stage of a pipeline."""
 
     tensor_ranks: int
     tensor_rank: int
@@ -81,8 +81,8 @@ def is_split(engine: object) -> bool:
 
 
 def require_loadable(module: Any) -> None:
-    """``CheckpointError`` if the class of a Hugging Face model would not load its
-    tensors' names.
+    """``CheckpointError`` if the class
+    of a Hugging Face model would not load its tensors' names.
 
     AutoEP stacks the experts under names of its own.
     """
@@ -130,8 +130,8 @@ class SplitTensors:
         return SplitTensors(engine, degrees, _partition_groups(engine), groups_of_experts)
 
     def part(self, name: str, parameter: Any, ref: TensorRef, position: int) -> ModelPart:
-        """The part that this rank has under a name; ``position`` is that in its own
-        model.
+        """The part that this rank has under a name;
+        ``position`` is that in its own model.
 
         ``ref`` has the type and shape of its own tensor. ``MalformedError`` for a cut
         that does not fit the shape.
@@ -162,8 +162,8 @@ class SplitTensors:
         return f"{block}{EXPERTS}{number}.{inner_name}"
 
     def order(self, name: str, position: int) -> tuple[int, ...]:
-        """The key that sorts a name among all: experts of other ranks follow this
-        one's.
+        """The key that sorts a name among all:
+        experts of other ranks follow this one's.
 
         ``position`` is that in this rank's own model.
         """
@@ -220,8 +220,8 @@ class SplitTensors:
 
 
 def _split_expert(name: str) -> tuple[str, int | None, str]:
-    """The name of a layer of DeepSpeed-MoE, the number of a local expert and what
-    follows."""
+    """The name of a layer of DeepSpeed-MoE,
+    the number of a local expert and what follows."""
     block, marker, local_name = name.rpartition(EXPERTS)
     number, _, inner_name = local_name.partition(".")
     if not marker or not number.isdecimal():

@@ -59,8 +59,8 @@ class WholeModel:
 
 
 class GivenRun(NamedTuple):
-    """Elements of a piece that this rank gives: from element ``first`` on, ``size`` of
-    them.
+    """Elements of a piece that this rank gives:
+    from element ``first`` on, ``size`` of them.
 
     They are numbered from ``start`` on in the tensor (``Placing``).
     """
@@ -150,8 +150,8 @@ def agreed(ranks: RankGroup, parts: Sequence[ModelPart], ties: Sequence[TiedName
 def _merged(
     records_by_rank: Sequence[Sequence[Any]], ties_by_rank: Sequence[Sequence[Any]]
 ) -> list[Any]:
-    """A record of each tensor, with its boxes and their givers, the tied names, and the
-    order."""
+    """A record of each tensor,
+    with its boxes and their givers, the tied names, and the order."""
     merged: dict[str, Any] = {}
     orders: dict[str, list[int]] = {}
     for rank, records in enumerate(records_by_rank):
@@ -210,6 +210,6 @@ def _tensor(record: Sequence[Any]) -> WholeTensor:
 
 
 def shares(parts: Mapping[str, ModelPart], tensors: Mapping[str, WholeTensor]) -> dict[str, Share]:
-    """The shares that this rank gives, by the names that it has itself for its
-    tensors."""
+    """The shares that this rank gives,
+    by the names that it has itself for its tensors."""
     return {name: Share.of(part, tensors[part.name]) for name, part in parts.items()}

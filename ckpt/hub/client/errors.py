@@ -32,8 +32,8 @@ def require_client() -> None:
 
 
 def quiet() -> None:
-    """Keeps the client from writing to stderr itself: bars, and warnings with addresses
-    in them."""
+    """Keeps the client from writing to stderr itself: bars,
+    and warnings with addresses in them."""
     from huggingface_hub.utils import logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -43,8 +43,8 @@ def quiet() -> None:
 
 @contextmanager
 def naming_file(*places: object) -> Iterator[None]:
-    """Has what the client says of a disk name the file that it worked on, or the folder
-    of several.
+    """Has what the client says of a disk name the file that it worked on,
+    or the folder of several.
 
     Python's errors of reading and writing name none, and hf_xet's are text.
     """
@@ -67,8 +67,8 @@ def naming_file(*places: object) -> Iterator[None]:
 
 
 def interrupted(error: BaseException) -> bool:
-    """Whether a signal came while hf_xet read a file: it gives up then, as Python does
-    not."""
+    """Whether a signal came while hf_xet read a file: it gives up then,
+    as Python does not."""
     matches = [_OS_ERROR.search(str(match)) for match in causes(error)]
     return any(match is not None and int(match[1]) == errno.EINTR for match in matches)
 

@@ -1,5 +1,5 @@
-"""The contents of a repository, seen before and after a push; and which of them a push
-replaces.
+"""The contents of a repository, seen before and after a push;
+and which of them a push replaces.
 
 Names are posix paths from the repository's root. The functions over names are pure.
 """
@@ -32,8 +32,8 @@ _BLOCK = 1 << 20  # bytes of a file read at once
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of the repository: bytes, and the SHA-256 of its content or its git blob's
-    SHA-1."""
+    """A file of the repository: bytes,
+    and the SHA-256 of its content or its git blob's SHA-1."""
 
     size: int
     sha256: str | None
@@ -76,8 +76,8 @@ class Remote:
 
 
 def look(api: HfApi, repo: str, branch: str) -> Remote:
-    """Returns what is there now. A repository that this login may not see counts as not
-    there."""
+    """Returns what is there now.
+    A repository that this login may not see counts as not there."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -183,8 +183,8 @@ def is_step(name: str) -> bool:
 
 
 def outdated(names: Iterable[str], pushed: str, kept_count: int) -> list[str]:
-    """Which of ``names`` go when ``pushed`` ("step-500") came and ``kept_count`` are to
-    stay.
+    """Which of ``names`` go when ``pushed`` ("step-500") came
+    and ``kept_count`` are to stay.
 
     Only those spelt like it (the same text before the number) of a lower step; itself
     counts as one of those kept. ``ValueError`` where the name has no step, or for

@@ -23,8 +23,8 @@ MAX_WAIT_SECONDS = 300.0  # seconds that an answer may ask to wait
 
 
 def retry(request: Callable[[], T], pauses: Sequence[float] = WAITS) -> T:
-    """Returns what ``request`` returns, in the end; raises its last error if it never
-    does."""
+    """Returns what ``request`` returns,
+    in the end; raises its last error if it never does."""
     for pause in pauses:
         try:
             return request()
@@ -46,8 +46,8 @@ def is_transient(error: BaseException) -> bool:
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
-    """The classes of connections that broke, whichever library the client asks the Hub
-    with.
+    """The classes of connections that broke,
+    whichever library the client asks the Hub with.
 
     huggingface_hub 0 has requests, 1 httpx, 2 httpx2; none is imported here.
     """

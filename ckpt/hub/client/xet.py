@@ -1,5 +1,5 @@
-"""The one place that knows the Hub client's private parts: hf_xet's stream, and what was
-sent.
+"""The one place that knows the Hub client's private parts: hf_xet's stream,
+and what was sent.
 
 huggingface_hub 2.4 takes no file object for Xet (``_commit_api._upload_files`` falls
 back to LFS), and hashes every file object before it sends it. So a shard is written
@@ -40,8 +40,8 @@ SAMPLE = 512  # bytes of a file that the Hub judges by (``lfs.UploadInfo``)
 
 @dataclass(frozen=True, slots=True)
 class UploadTarget:
-    """Where a push goes. ``base`` is a branch that is there; names get ``place`` in
-    front.
+    """Where a push goes.
+    ``base`` is a branch that is there; names get ``place`` in front.
 
     ``blocks`` of Xet may be on their way at once, while another is made.
     """
@@ -61,8 +61,8 @@ class UploadTarget:
 
 @dataclass(frozen=True, slots=True)
 class UploadedFile:
-    """A file that the Hub has now. ``operation`` commits it; ``None`` where it was in
-    the branch.
+    """A file that the Hub has now.
+    ``operation`` commits it; ``None`` where it was in the branch.
 
     ``blob`` is what git calls it, where it is in the commit itself: by that and
     ``sha256`` it is recognized after the commit, and nothing is read for it.
@@ -156,8 +156,8 @@ def _headers(api: HfApi) -> dict[str, str]:
 
 
 def known_there(target: UploadTarget, item: Item, sha256: str) -> UploadedFile | None:
-    """A shard that an earlier push sent, if the Hub says that it has it (git LFS batch
-    API)."""
+    """A shard that an earlier push sent,
+    if the Hub says that it has it (git LFS batch API)."""
     if version("huggingface_hub") not in [hub_version for hub_version, _ in TESTED]:
         return None
 
@@ -192,8 +192,8 @@ def stream(
     served: ServedShard,
     progress: Progress,
 ) -> UploadedFile | None:
-    """Sends a shard by hf_xet, in one pass; ``None`` if the Hub wants it in the commit
-    itself."""
+    """Sends a shard by hf_xet,
+    in one pass; ``None`` if the Hub wants it in the commit itself."""
     assert isinstance(item.source, Shard)
     operation = _empty_operation(target, item, served.read(SAMPLE), None)
     served.seek(0)
@@ -252,8 +252,8 @@ def _streamed(session: Any, target: UploadTarget, name: str, served: ServedShard
 
 @cache
 def _session(blocks: int, compression: str) -> Any:
-    """hf_xet's own, but for what it holds of the blocks of 64 MB that it packs and
-    sends.
+    """hf_xet's own,
+    but for what it holds of the blocks of 64 MB that it packs and sends.
 
     One that is packed waits until fewer than ``blocks`` are on their way, and nothing
     is taken in meanwhile. What was packed is given back piece by piece where the
@@ -281,8 +281,8 @@ def _compression(shard: Shard) -> str:
 
 
 def _wait_for_store(commit: Any) -> None:
-    """Waits for the blocks on their way, since the end of a file makes one that nothing
-    holds back.
+    """Waits for the blocks on their way,
+    since the end of a file makes one that nothing holds back.
 
     A store that does not move is left to its own errors.
     """

@@ -1,5 +1,5 @@
-"""The allow-list: which files of a model's folder may be published, and why the others
-may not.
+"""The allow-list: which files of a model's folder may be published,
+and why the others may not.
 
 Beside the weights these are the files of ``model_folder.companion_files``, as
 ``ckpt to-fp32`` copies them (generation config, tokenizer, processor, the code that an
@@ -47,8 +47,8 @@ _REASONS = {  # by the end of the name; what is not here is "not on the list"
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """Files to send, by name; what stays here, each with why; and lines on what may be
-    amiss."""
+    """Files to send, by name; what stays here, each with why;
+    and lines on what may be amiss."""
 
     files: tuple[tuple[str, Path], ...]
     left_out: tuple[tuple[str, str], ...]
@@ -97,8 +97,8 @@ def of_conversion(
     companions: Mapping[str, Path],
     own_names: frozenset[str],
 ) -> Allowed:
-    """The same with the files that a conversion copies from elsewhere
-    (``--tokenizer DIR``).
+    """The same with the files that a conversion copies
+    from elsewhere (``--tokenizer DIR``).
 
     Those take the place of the checkpoint's own. ``CheckpointError`` for one that may
     not be sent.
@@ -136,8 +136,8 @@ def of_conversion(
 
 
 def of_stored(root: Path, own_names: frozenset[str]) -> Allowed:
-    """The files that go with weights that are sent as they lie in ``root``; as
-    ``allowed``.
+    """The files that go with weights that are sent
+    as they lie in ``root``; as ``allowed``.
 
     With the tokenizer of its run, if it has none. ``CheckpointError`` for a link out of
     the folder to what the model's reader needs.
@@ -148,8 +148,8 @@ def of_stored(root: Path, own_names: frozenset[str]) -> Allowed:
 
 
 def with_tokenizer_of_run(allowed_files: Allowed, root: Path) -> Allowed:
-    """The same with the tokenizer of the run that ``root`` is a checkpoint of, if it has
-    none."""
+    """The same with the tokenizer of the run that ``root`` is a checkpoint of,
+    if it has none."""
     readers = run_folder.readers(root)
     if not readers or model_folder.companion_files(root, _sendable(root)).readers:
         return allowed_files
@@ -250,8 +250,8 @@ def _reason_left_out(root: Path, name: str) -> str:
 
 
 def read_object(root: Path, file_name: str) -> dict[str, Any]:
-    """A JSON object beside the weights; empty where there is none that may be sent, and
-    is JSON.
+    """A JSON object beside the weights;
+    empty where there is none that may be sent, and is JSON.
 
     ``OSError`` if it cannot be read: what it names would be left out.
     """

@@ -1,5 +1,5 @@
-"""The model card: README.md with the metadata that the Hub reads, for a model that has
-none.
+"""The model card: README.md with the metadata that the Hub reads,
+for a model that has none.
 
 Says only what is known: no license is made up, no results claimed that would need a
 data set's name. Whatever comes from a file is escaped, as names of metrics or models
@@ -38,8 +38,8 @@ def card(
     evaluation: Points = (),
     picture: str | None = None,
 ) -> bytes:
-    """The card of a model with these facts (``facts.of_model`` and more), the same for
-    the same.
+    """The card of a model with these facts (``facts.of_model`` and more),
+    the same for the same.
 
     ``picture`` is the name of a picture of the losses; without one they are in a
     table.
@@ -196,8 +196,8 @@ def _origin(facts: Mapping[str, Any]) -> str:
 
 
 def plain(text: object) -> str:
-    """Text that markdown and HTML take for nothing but text: one line, of bounded
-    length."""
+    """Text that markdown and HTML take for nothing but text: one line,
+    of bounded length."""
     one_line = " ".join(
         "".join(character if character.isprintable() else " " for character in str(text)).split()
     )

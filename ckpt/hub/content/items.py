@@ -1,5 +1,5 @@
-"""The files of a push, by the name that each will have in the repository, and all of
-them."""
+"""The files of a push,
+by the name that each will have in the repository, and all of them."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class Item:
             ) from error
 
     def require_whole(self, progress: Callable[[int], object] = quiet) -> None:
-        """Reads the file against the manifest's digest; ``CheckpointError`` if a byte
-        differs.
+        """Reads the file against the manifest's digest;
+        ``CheckpointError`` if a byte differs.
 
         Nothing to do for what the manifest does not list, and for a shard, which is
         proven while its bytes are made.
@@ -125,8 +125,8 @@ def unfit(name: str) -> str | None:
 
 
 def require_fitting(items: Sequence[Item]) -> None:
-    """``CheckpointError`` unless names are unique and the Hub takes so many and so large
-    files."""
+    """``CheckpointError`` unless names are unique
+    and the Hub takes so many and so large files."""
     repeated_names = [
         name for name, count in Counter(item.name for item in items).items() if count > 1
     ]

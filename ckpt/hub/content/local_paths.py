@@ -1,5 +1,5 @@
-"""Paths of this machine in what is published: the base model is often named by its
-folder.
+"""Paths of this machine in what is published:
+the base model is often named by its folder.
 
 transformers, PEFT and the Trainer write the name as the training gave it. Nobody else
 can load it from there, and the Hub refuses a card with it. So it is left out of what is
@@ -42,8 +42,8 @@ class Published:
 
 
 def without_paths(items: Sequence[Item], checkpoint_folder: Path) -> Published:
-    """The same files, those that name the base model by a path of this machine without
-    it.
+    """The same files,
+    those that name the base model by a path of this machine without it.
 
     ``checkpoint_folder`` is the checkpoint's folder. ``CheckpointError`` for a file
     that is not what was committed.

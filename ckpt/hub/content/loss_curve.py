@@ -50,8 +50,8 @@ def curve(training: Points, evaluation: Points = ()) -> bytes | None:
 
 
 def thinned(points: Points, max_points: int) -> list[tuple[float, float]]:
-    """At most ``max_points`` (2 or more) of them, evenly spread, the first and the last
-    too."""
+    """At most ``max_points`` (2 or more) of them,
+    evenly spread, the first and the last too."""
     if len(points) <= max_points:
         return list(points)
     last_index = len(points) - 1

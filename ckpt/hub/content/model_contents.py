@@ -55,8 +55,8 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 def of_model(
     checkpoint: RunCheckpoint, dtype: str | None, max_shard_size: int, request: Request | None
 ) -> tuple[Contents, Path]:
-    """The files that ``from_pretrained`` wants, and the folder that its configuration
-    is in."""
+    """The files that ``from_pretrained`` wants,
+    and the folder that its configuration is in."""
     if _holds_weights_alone(checkpoint):
         if has_safetensors(checkpoint.folder):
             return _stored(checkpoint, dtype, request), checkpoint.folder
@@ -90,8 +90,8 @@ def of_model(
 
 
 def _holds_weights_alone(checkpoint: RunCheckpoint) -> bool:
-    """Whether there are no states to convert: by the manifest, or by what lies in the
-    folder.
+    """Whether there are no states to convert:
+    by the manifest, or by what lies in the folder.
 
     A Trainer without DeepSpeed goes on from a model.
     """
@@ -130,8 +130,8 @@ def _of_pickles(
 
 
 def _tag_of_one_engine(checkpoint: RunCheckpoint) -> str | None:
-    """The tag that the manifest names, if it is there; ``CheckpointError`` for several
-    engines."""
+    """The tag that the manifest names,
+    if it is there; ``CheckpointError`` for several engines."""
     engine_names = engines.names(checkpoint.manifest) if checkpoint.manifest else ()
     if engine_names:
         raise CheckpointError(
@@ -191,8 +191,8 @@ def _conversion_lines(
 
 
 def _stored(checkpoint: RunCheckpoint, dtype: str | None, request: Request | None) -> Contents:
-    """Weights that lie there as they are to be published: an adapter, or a model's
-    files."""
+    """Weights that lie there as they are to be published: an adapter,
+    or a model's files."""
     root, warnings = checkpoint.folder, []
     is_adapter = is_adapter_folder(root)
     if is_adapter:
@@ -265,8 +265,8 @@ def _name_of(stored_type: DType) -> str:
 def _type_note(
     root: Path, weights_path: Path, stored_type: DType, dtype: str, is_adapter: bool
 ) -> str:
-    """A line on an adapter that is sent in its own type; ``CheckpointError`` for a
-    model."""
+    """A line on an adapter that is sent in its own type;
+    ``CheckpointError`` for a model."""
     if not is_adapter:
         raise CheckpointError(
             f"{root} holds {stored_type.value} weights and no states to make {dtype} "

@@ -42,8 +42,8 @@ _SPEEDS = ("_runtime", "_per_second", "_time")
 def of_model(
     checkpoint: RunCheckpoint, model_root: Path, adapter_text: bytes | None = None
 ) -> dict[str, Any]:
-    """Facts that do not depend on how the weights are sent; ``model_root`` has
-    config.json.
+    """Facts that do not depend on how the weights are sent;
+    ``model_root`` has config.json.
 
     ``adapter_text`` is the configuration of an adapter that is sent, where it is not
     that in ``model_root``. ``None`` stands for what is not known.
@@ -85,8 +85,8 @@ def of_model(
 
 
 def of_merged(facts: Mapping[str, Any], config_text: bytes | None) -> dict[str, Any]:
-    """The facts of a model that an adapter was merged into, by the config.json that is
-    sent."""
+    """The facts of a model that an adapter was merged into,
+    by the config.json that is sent."""
     model_config = json.loads(config_text) if config_text else {}
     classes = model_config.get("architectures")
     architecture = classes[0] if isinstance(classes, list) and len(classes) == 1 else None
@@ -103,16 +103,16 @@ def of_merged(facts: Mapping[str, Any], config_text: bytes | None) -> dict[str, 
 
 
 def _form(source: Source) -> str | None:
-    """What states of a training are, other than DeepSpeed's; ``None`` for those and
-    weights."""
+    """What states of a training are, other than DeepSpeed's;
+    ``None`` for those and weights."""
     if source.topology is None or source.stage is not None:
         return None
     return BY_NAME[source.kind].title
 
 
 def of_conversion(conversion: Conversion) -> dict[str, Any]:
-    """How the weights are made from the ZeRO states, and what of them is proven
-    meanwhile."""
+    """How the weights are made from the ZeRO states,
+    and what of them is proven meanwhile."""
     source, plan = conversion.checkpoint, conversion.plan
     weights = conversion.product.weights
     parameters = quantized_facts.parameters(weights)
@@ -204,8 +204,8 @@ def _metrics(
 def _base_model(
     model_root: Path, model_config: dict[str, Any], adapter: dict[str, Any]
 ) -> str | None:
-    """The model that training began with, where its name is one of the Hub and of no
-    folder."""
+    """The model that training began with,
+    where its name is one of the Hub and of no folder."""
     base_name = model_config.get("_name_or_path")
     if adapter:
         base_name = adapter.get("base_model_name_or_path")

@@ -115,8 +115,8 @@ def has_safetensors(root: Path) -> bool:
 
 
 def weights_names(stored_root: Path) -> list[str]:
-    """The files of weights in a folder without ZeRO states: one, or an index and its
-    shards.
+    """The files of weights in a folder without ZeRO states: one,
+    or an index and its shards.
 
     One counts where both are there, as it does for ``from_pretrained``.
     """
@@ -144,8 +144,8 @@ def weights_names(stored_root: Path) -> list[str]:
 
 
 def module_weights_names(stored_root: Path) -> list[str]:
-    """The weights of a sentence-transformers model's modules that have folders of their
-    own."""
+    """The weights of a sentence-transformers model's modules
+    that have folders of their own."""
     folders = [module.folder for module in module_folders.modules(stored_root) if module.folder]
     candidates = [f"{folder}/{WEIGHTS}" for folder in dict.fromkeys(folders)]
     return [name for name in candidates if (stored_root / name).is_file()]
@@ -166,8 +166,8 @@ def listed_item(
     file_name: str,
     must_be_listed: bool = True,
 ) -> Item:
-    """A file of the checkpoint that has to be sent; ``CheckpointError`` if it may not
-    be.
+    """A file of the checkpoint that has to be sent;
+    ``CheckpointError`` if it may not be.
 
     ``must_be_listed``: where there is a manifest, it has to list the file.
     """

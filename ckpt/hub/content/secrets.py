@@ -1,5 +1,5 @@
-"""Looks for secrets in a text that is about to be published. Never prints the
-secret."""
+"""Looks for secrets in a text that is about to be published.
+Never prints the secret."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Secret:
 
 
 def is_readable_text(path_in_repo: str) -> bool:
-    """Whether a file is text that somebody wrote or a program configured: no table of
-    words."""
+    """Whether a file is text that somebody wrote or a program configured:
+    no table of words."""
     name = path_in_repo.rpartition("/")[2]
     return name not in _TABLES and (name.endswith(_SUFFIXES) or name == "LICENSE")
 

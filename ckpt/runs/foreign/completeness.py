@@ -1,5 +1,5 @@
-"""Whether what was written without ckpt is a whole checkpoint that a training can go on
-from.
+"""Whether what was written without ckpt
+is a whole checkpoint that a training can go on from.
 
 Nobody said that its save finished. So each kind is judged by what its writer writes,
 and in which order, without torch and without running a pickle:
@@ -55,8 +55,8 @@ _OF_TRAINER = frozenset(("training_args.bin", "rng_state.pth", "rng_state_0.pth"
 
 @dataclass(frozen=True, slots=True)
 class _TrainerFiles:
-    """The files of a Trainer beside DeepSpeed's: its step, and RNG states of so many
-    ranks."""
+    """The files of a Trainer beside DeepSpeed's: its step,
+    and RNG states of so many ranks."""
 
     step: int
     rng_ranks: int
@@ -96,8 +96,8 @@ def prove(path: Path, tag: str | None = None, *, compares_values: bool = False) 
 
 
 def _require_own_model(path: Path, source: Source) -> None:
-    """``CheckpointError`` where the weights of the model file are not those of the
-    states."""
+    """``CheckpointError`` where the weights
+    of the model file are not those of the states."""
     from ckpt.runs.foreign import overwriting, value_samples
 
     try:
@@ -132,8 +132,8 @@ def _proof(path: Path, tag: str | None) -> Proof:
 
 
 def _of_functions(path: Path, entry_names: set[str]) -> Proof:
-    """What ``save_fsdp_model`` and ``save_fsdp_optimizer`` of a loop of one's own wrote,
-    or ``save_pretrained``.
+    """What ``save_fsdp_model`` and ``save_fsdp_optimizer``
+    of a loop of one's own wrote, or ``save_pretrained``.
 
     ``CheckpointError`` for anything else: it is empty, cut short, or of no kind known
     here.

@@ -30,16 +30,16 @@ class Writing:
     first_nbytes: int = 0
 
     def follows_pause(self, other_times: Iterable[float]) -> bool:
-        """Whether nothing else was written right before the first file, as in a copy of
-        a run."""
+        """Whether nothing else was written right before the first file,
+        as in a copy of a run."""
         begin = min(self.times, default=0.0)
         last_before = max((time for time in other_times if time <= begin), default=0.0)
         return begin - last_before > SLACK + self.first_nbytes / SLOWEST
 
 
 def writing_of(place: Path) -> Writing:
-    """The times of all files in a checkpoint, a folder or a file; links are not
-    followed."""
+    """The times of all files in a checkpoint,
+    a folder or a file; links are not followed."""
     paths = [Path(parent, name) for parent, _, names in os.walk(place) for name in names]
     times_and_sizes = []
     for path in paths or [place]:

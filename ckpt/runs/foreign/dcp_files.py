@@ -32,8 +32,8 @@ _BYTES_OF_RANK = LazyPattern(r"__(\d+)_\d+\.distcp")
 
 @open_files.once()
 def require_dcp(folder: Path) -> None:
-    """``CheckpointError`` unless a folder of torch's distributed checkpoint has all its
-    bytes."""
+    """``CheckpointError`` unless a folder
+    of torch's distributed checkpoint has all its bytes."""
     from converters.dcp import boxes, item_forms, metadata  # which other checkpoints need not
 
     description = metadata.read(folder)
@@ -74,8 +74,8 @@ def _require_described(folder: Path, rank_count: int) -> None:
 
 
 def _require_one_form(folder: Path, stem: str) -> None:
-    """``CheckpointError`` where one of the models, or its optimizer, is there in several
-    forms."""
+    """``CheckpointError`` where one of the models,
+    or its optimizer, is there in several forms."""
     from converters.dcp import fsdp_folder
 
     matches = (_NUMBER_OF_PART.fullmatch(path.name) for path in folder.glob(f"{stem}*"))

@@ -39,8 +39,8 @@ def difference(history: History | None, later_history: History | None) -> str | 
 
 
 def contradiction(history: History | None, other_history: History | None) -> str | None:
-    """Where two logs differ; ``None`` if one has all of the other one, and may go on
-    from it."""
+    """Where two logs differ; ``None`` if one has all of the other one,
+    and may go on from it."""
     if difference(other_history, history) is None:
         return None
     return difference(history, other_history)

@@ -50,8 +50,8 @@ def require_file(path: Path) -> None:
 
 
 def require_files(folder: Path, names: Iterable[str], is_deepspeeds: bool) -> None:
-    """``CheckpointError`` for a file of these that was cut short, with the remedy if it
-    is spare.
+    """``CheckpointError`` for a file of these that was cut short,
+    with the remedy if it is spare.
 
     Where DeepSpeed saved (``is_deepspeeds``) no resume reads the weights beside its
     files, and a checkpoint without them is complete: transformers 5.23
@@ -74,8 +74,8 @@ def require_files(folder: Path, names: Iterable[str], is_deepspeeds: bool) -> No
 
 
 def require_torch_file(path: Path) -> Any:
-    """The object that ``torch.save`` wrote, inert; ``None`` if only its zip can be
-    judged.
+    """The object that ``torch.save`` wrote,
+    inert; ``None`` if only its zip can be judged.
 
     ``CheckpointError`` if the file is damaged or cut short.
     """
@@ -93,8 +93,8 @@ def require_torch_file(path: Path) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The content of the file; ``CheckpointError`` if it is not there, cut short or
-    damaged."""
+    """The content of the file;
+    ``CheckpointError`` if it is not there, cut short or damaged."""
     try:
         if not path.exists():
             raise CheckpointError(f"{path.parent} has no {path.name}", "incomplete")
@@ -135,8 +135,8 @@ def require_shards(index: Path) -> None:
 
 
 def weights(folder: Path) -> list[str]:
-    """The weights in a folder, an index instead of its shards, each whole; empty without
-    any.
+    """The weights in a folder, an index instead of its shards,
+    each whole; empty without any.
 
     Of PEFT with several adapters those in the folders of each (transformers 5.23
     ``trainer.py``: ``_load_from_checkpoint``).

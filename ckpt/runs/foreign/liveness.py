@@ -55,8 +55,8 @@ class Watch:
         self._looks = {path: look(path) for path in paths}
 
     def changes(self) -> dict[Path, str]:
-        """Why checkpoints are not at rest, by their path: in use, or changed since the
-        first look.
+        """Why checkpoints are not at rest, by their path:
+        in use, or changed since the first look.
 
         Waits until ``PAUSE`` seconds have passed since then if any file changed within
         the last ``RECENT`` seconds.
@@ -101,8 +101,8 @@ def require_not_deleted(path: Path) -> None:
 
 
 def prove_at_rest(path: Path, tag: str | None = None) -> Proof:
-    """Proves a checkpoint that nobody committed: whole, of one save, and not being
-    written.
+    """Proves a checkpoint that nobody committed: whole,
+    of one save, and not being written.
 
     ``CheckpointError`` as ``prove``, and for one that changes meanwhile or is being
     deleted.

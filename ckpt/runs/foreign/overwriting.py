@@ -1,5 +1,5 @@
-"""Two saves mixed in one folder: the files of an old one, and some of one that was
-interrupted.
+"""Two saves mixed in one folder: the files of an old one,
+and some of one that was interrupted.
 
 Who saves in place over a checkpoint of the same step leaves, when it is killed, files
 that are each whole and do not belong together. Three things are asked, one after the
@@ -49,8 +49,8 @@ _TRAINERS = MARKS[0]
 
 @dataclass(frozen=True, slots=True)
 class _TimedFiles:
-    """The file that is written last, and those before it in groups, in the order of
-    writing.
+    """The file that is written last,
+    and those before it in groups, in the order of writing.
 
     ``weights`` are those that no resume needs, where they are known to come first.
     """
@@ -130,8 +130,8 @@ def require_one_save(path: Path, tag: str | None = None) -> None:
 
 
 def doubt(path: Path, tag: str | None = None) -> Doubt | None:
-    """The doubt that the times of the files cast on one save; ``None`` if there is
-    none.
+    """The doubt that the times of the files cast on one save;
+    ``None`` if there is none.
 
     ``CheckpointError`` for a file that cannot be looked at, as one that vanishes
     meanwhile.
@@ -203,8 +203,8 @@ def _files_in(folder: Path) -> Iterator[Path]:
 
 
 def _compared(path: Path, tag: str | None) -> value_samples.SampleComparison:
-    """The files whose values show that they are of one save; none where none can be
-    read."""
+    """The files whose values show that they are of one save;
+    none where none can be read."""
     from ckpt.runs.foreign import value_samples
 
     try:
@@ -216,8 +216,8 @@ def _compared(path: Path, tag: str | None) -> value_samples.SampleComparison:
 
 
 def _is_bound(file: Path) -> bool:
-    """Whether a file of DeepSpeed's says nothing that another save of this step said
-    otherwise.
+    """Whether a file of DeepSpeed's says nothing
+    that another save of this step said otherwise.
 
     A scheduler is a function of the step. Under ZeRO-3 a model file holds no weights
     that are trained.

@@ -1,5 +1,5 @@
-"""Checkpoints of DeepSpeed of more parallelism than ZeRO: whether all their files are
-there.
+"""Checkpoints of DeepSpeed of more parallelism than ZeRO:
+whether all their files are there.
 
 What is shown of them here, without reading their states: DeepSpeed named the tag in
 ``latest``, which it does last (0.19.8 ``runtime/engine.py``: ``save_checkpoint``), every
@@ -67,8 +67,8 @@ class _Files:
 
 
 def require_parallel(folder: Path, tag: str | None = None) -> str:
-    """The tag; ``CheckpointError`` unless all that can be shown of the checkpoint is
-    shown."""
+    """The tag; ``CheckpointError`` unless all
+    that can be shown of the checkpoint is shown."""
     place = folders.find(folder, tag)
     state_paths = sorted(
         state_path for state_path in place.folder.iterdir() if state_path.suffix == ".pt"
@@ -102,8 +102,8 @@ def _model(state_paths: Iterable[Path]) -> State | None:
 
 
 def _require_ranks(folder: Path, files: _Files, model: State | None) -> None:
-    """``CheckpointError`` unless every model rank has its model file and all its
-    partitions."""
+    """``CheckpointError`` unless every model rank has its model file
+    and all its partitions."""
     by_rank = {*files.model_ranks, *files.partitions, *files.partitioned_models}
     model_ranks = set(range(_count(model, "mp_world_size"))) | by_rank
     with_model = files.model_ranks or set(files.partitioned_models)
@@ -126,8 +126,8 @@ def _require_ranks(folder: Path, files: _Files, model: State | None) -> None:
 
 
 def _require_layers(folder: Path, files: _Files, model: State | None) -> None:
-    """``CheckpointError`` unless all experts of a layer are there, and a layer's model
-    ranks."""
+    """``CheckpointError`` unless all experts of a layer are there,
+    and a layer's model ranks."""
     counts = model.root.get("num_experts") if model else None
     are_counts = isinstance(counts, list) and len(counts) == len(files.experts)
     for index, (layer, experts) in enumerate(sorted(files.experts.items())):

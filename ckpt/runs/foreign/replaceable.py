@@ -1,5 +1,5 @@
-"""The folders that an output may replace: what ckpt made, and models; nothing that a
-training saved."""
+"""The folders that an output may replace: what ckpt made,
+and models; nothing that a training saved."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ _ADAPTERS = ("adapter_model*",)
 
 
 def fingerprint(path: Path, tag: str | None = None) -> tuple[tuple[str, int], ...]:
-    """Names and sizes of the files: the same for every rank that sees the same
-    checkpoint.
+    """Names and sizes of the files:
+    the same for every rank that sees the same checkpoint.
 
     Of DeepSpeed's tags only ``tag`` counts, where there are several. For a file its own
     name and size.

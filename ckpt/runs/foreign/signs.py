@@ -24,8 +24,8 @@ def is_name(name: str) -> bool:
 
 
 def is_usual(name: str) -> bool:
-    """Whether a name is wholly one that trainings give, without anything that a person
-    added."""
+    """Whether a name is wholly one that trainings give,
+    without anything that a person added."""
     return name.endswith(".ckpt") or _NAME.fullmatch(name) is not None
 
 
@@ -45,8 +45,8 @@ def has_signs(path: Path) -> bool:
 
 
 def closed_folders(run_folder: Path) -> list[Path]:
-    """The folders of a run that nobody may look into and that are not called as a
-    checkpoint.
+    """The folders of a run that nobody may look into
+    and that are not called as a checkpoint.
 
     Such as lost+found at the root of a volume: no command takes one for a checkpoint.
     """
@@ -65,8 +65,8 @@ def _is_closed(path: Path) -> bool:
 
 
 def candidates(run_folder: Path) -> list[Path]:
-    """All in a run's folder that is a checkpoint, whole or not, or may be one, whoever
-    wrote it."""
+    """All in a run's folder that is a checkpoint, whole or not,
+    or may be one, whoever wrote it."""
     try:
         entries = sorted(os.scandir(run_folder), key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -49,8 +49,8 @@ Rates = Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """The step that a part of a checkpoint is of, and the learning rates that it has, if
-    any."""
+    """The step that a part of a checkpoint is of,
+    and the learning rates that it has, if any."""
 
     part: str
     step: int | None
@@ -63,8 +63,8 @@ class StepRecord:
 
 
 def require_one_save(checkpoint: Checkpoint) -> None:
-    """``CheckpointError`` where the model file and the optimizer's files are of
-    different steps.
+    """``CheckpointError`` where the model file
+    and the optimizer's files are of different steps.
 
     The counts alone prove nothing: a training may have gone on without the optimizer's
     states, and DeepSpeed before 0.10 counted one step of the optimizer more. The values
@@ -82,8 +82,8 @@ def require_one_save(checkpoint: Checkpoint) -> None:
 
 
 def require_one_step(folder: Path, step: int, checkpoint: Checkpoint | None = None) -> None:
-    """``CheckpointError`` where the files in a Trainer's folder are proven to be of two
-    steps.
+    """``CheckpointError`` where the files
+    in a Trainer's folder are proven to be of two steps.
 
     ``step`` is that of ``trainer_state.json``; ``checkpoint`` what DeepSpeed saved, if
     it did.
@@ -122,8 +122,8 @@ def require_one_step(folder: Path, step: int, checkpoint: Checkpoint | None = No
 def _require_tag(
     folder: Path, state: StepRecord, engine: StepRecord, checkpoint: Checkpoint
 ) -> None:
-    """``CheckpointError`` where the engine's files are not those that the Trainer had
-    saved.
+    """``CheckpointError`` where the engine's files
+    are not those that the Trainer had saved.
 
     ``engine`` counts other steps than ``state``, which proves nothing if its tag has the
     engine's number, and no tag has the Trainer's.
@@ -153,8 +153,8 @@ def _require_tag(
 
 
 def require_own_weights(folder: Path, step: int) -> None:
-    """``CheckpointError`` where the weights in a Trainer's folder are proven to be of
-    another one.
+    """``CheckpointError`` where the weights
+    in a Trainer's folder are proven to be of another one.
 
     ``step`` is that of its ``trainer_state.json``. The optimizer's states say nothing of
     the weights, so that this is seen only where the checkpoint of the other step lies
@@ -198,8 +198,8 @@ def _copied_state(folder: Path, step: int, records: Sequence[StepRecord]) -> str
 
 
 def _stored(folder: Path, checkpoint: Checkpoint | None) -> tuple[StepRecord, StepRecord]:
-    """What scheduler and optimizer say; ``checkpoint`` is what DeepSpeed saved, if it
-    did."""
+    """What scheduler and optimizer say; ``checkpoint`` is what DeepSpeed saved,
+    if it did."""
     scheduler = _of_scheduler(folder / _SCHEDULER)
     return scheduler, _of_optimizer(folder) if checkpoint is None else _of_engine(checkpoint)
 
@@ -210,8 +210,8 @@ def _time_of(folder: Path) -> int:
 
 
 def _of_scheduler(path: Path) -> StepRecord:
-    """What ``scheduler.pt`` says; without a step where it is absent or counts something
-    else."""
+    """What ``scheduler.pt`` says;
+    without a step where it is absent or counts something else."""
     content = intact_files.require_torch_file(path) if path.is_file() else None
     fields: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
     is_by_metric = "patience" in fields  # ReduceLROnPlateau counts evaluations
@@ -262,8 +262,8 @@ def _numbers(values: object) -> Rates:
 
 
 def _unequal_rates(scheduler: StepRecord, optimizer: StepRecord) -> str | None:
-    """That the scheduler did not set the optimizer's learning rates; ``None`` if it may
-    have."""
+    """That the scheduler did not set the optimizer's learning rates;
+    ``None`` if it may have."""
     pairs = list(zip(scheduler.rates, optimizer.rates, strict=False))
     if not pairs or len(scheduler.rates) != len(optimizer.rates):
         return None

@@ -26,16 +26,16 @@ Relation = Literal["follows", "apart", "other"]
 
 @dataclass(frozen=True, slots=True)
 class Succession:
-    """How a checkpoint relates to the newest committed one, and why, as words after its
-    name."""
+    """How a checkpoint relates to the newest committed one,
+    and why, as words after its name."""
 
     relation: Relation
     why: str = ""
 
 
 def relate(committed: RunCheckpoint, proof: Proof) -> Succession:
-    """How a whole checkpoint of a later step, written without ckpt, relates to
-    ``committed``.
+    """How a whole checkpoint of a later step,
+    written without ckpt, relates to ``committed``.
 
     "other": it contradicts it; "apart": it does not, but cannot go on from it, as it
     was written before; else it "follows".

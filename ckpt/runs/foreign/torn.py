@@ -19,8 +19,8 @@ from converters.zero.files.discovery import is_tag_folder
 
 
 def only_tag(folder: Path) -> str | None:
-    """The one tag in a folder whose ``latest`` is missing or leads nowhere, if it is
-    whole."""
+    """The one tag in a folder whose ``latest`` is missing or leads nowhere,
+    if it is whole."""
     pointer_text = Run(folder).target("latest")
     if pointer_text and is_inside(pointer_text) and (folder / pointer_text).is_dir():
         return None
@@ -39,8 +39,8 @@ def only_tag(folder: Path) -> str | None:
 
 
 def why(folder: Path) -> str | None:
-    """Why the folder can be no checkpoint; ``None`` if it is one, or of a kind not
-    judged here.
+    """Why the folder can be no checkpoint; ``None`` if it is one,
+    or of a kind not judged here.
 
     A Trainer's without DeepSpeed, or with ``save_only_model``, has no state files to
     judge by. A model that ckpt made of a checkpoint is none, whatever its name.
@@ -78,8 +78,8 @@ def why(folder: Path) -> str | None:
 
 
 def _is_one_nodes(folder: Path) -> bool:
-    """Whether the state files say that other nodes have the rest
-    (``use_node_local_storage``)."""
+    """Whether the state files say
+    that other nodes have the rest (``use_node_local_storage``)."""
     for state_path in sorted(folder.glob("*/*_states.pt*")):
         try:
             return (

@@ -1,5 +1,5 @@
-"""Whether a sample of a checkpoint's fp32 weights rounds to its 16-bit ones, file by
-file.
+"""Whether a sample of a checkpoint's fp32 weights rounds to its 16-bit ones,
+file by file.
 
 The optimizer files of the ranks hold the fp32 weights, the model file (under ZeRO-3 what
 was gathered beside the states) the same in 16 bits. So files of two saves, which fit
@@ -39,8 +39,8 @@ _NUMBERS = 256  # that are compared in each place
 
 @dataclass(frozen=True, slots=True)
 class SampleComparison:
-    """The files whose values were compared, and the first two that contradict each
-    other.
+    """The files whose values were compared,
+    and the first two that contradict each other.
 
     ``contradiction`` is the name of a tensor, the file of its fp32 values and that of
     the 16-bit ones; ``None`` where all that was compared is equal.
@@ -65,8 +65,8 @@ class _Sample:
 
 
 def compare(source: Source) -> SampleComparison:
-    """Compares numbers of each file of a checkpoint of DeepSpeed, a few thousand of
-    each."""
+    """Compares numbers of each file of a checkpoint of DeepSpeed,
+    a few thousand of each."""
     weights = source.weights
     if not weights.copies:
         weights, _ = gathered_16bit.attach(weights, source.place.root)
@@ -75,8 +75,8 @@ def compare(source: Source) -> SampleComparison:
 
 
 def require_same(source: Source, remedy: str) -> None:
-    """``CheckpointError`` where the model file of DeepSpeed holds other values than the
-    states.
+    """``CheckpointError`` where the model file
+    of DeepSpeed holds other values than the states.
 
     ``remedy`` says what to do.
     """
@@ -85,8 +85,8 @@ def require_same(source: Source, remedy: str) -> None:
 
 
 def require_alike(source: Source, path: Path) -> None:
-    """The same by a few thousand numbers of each file, which a look at a checkpoint can
-    read.
+    """The same by a few thousand numbers of each file,
+    which a look at a checkpoint can read.
 
     ``path`` is the checkpoint as it is called, which the remedy names.
     """
@@ -95,8 +95,8 @@ def require_alike(source: Source, path: Path) -> None:
 
 
 def difference_in(source: Source) -> str | None:
-    """That the model file of DeepSpeed holds other values than the states; ``None`` if
-    not.
+    """That the model file of DeepSpeed holds other values than the states;
+    ``None`` if not.
 
     Of each file half a million numbers are compared, at both ends and in the middle of
     every run of bytes, so that no file of another save passes whose values are others.
@@ -153,8 +153,8 @@ def compare_beside(checkpoint: Checkpoint) -> SampleComparison:
 
 
 def other_precisions(precision: str | None) -> frozenset[DType]:
-    """The 16-bit types to which a training's weights are rounded twice, if they are
-    saved so.
+    """The 16-bit types to which a training's weights are rounded twice,
+    if they are saved so.
 
     ``precision`` is that of the training: one in fp16 may save bf16, which is its fp16
     rounded.

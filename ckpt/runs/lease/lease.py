@@ -41,8 +41,8 @@ _renewal: threading.Thread | None = None
 
 
 class Lease:
-    """A share of this process's lease of a folder, until ``release`` or the object's
-    end."""
+    """A share of this process's lease of a folder,
+    until ``release`` or the object's end."""
 
     def __init__(self, grant: _Grant | None = None):
         self._grant, self._owner = grant, os.getpid()
@@ -58,8 +58,8 @@ class Lease:
         return self._grant is not None and self._grant.loss is not None
 
     def release(self) -> None:
-        """Gives the share up, and with the last one the lease; a second call does
-        nothing."""
+        """Gives the share up,
+        and with the last one the lease; a second call does nothing."""
         grant, self._grant = self._grant, None
         if grant is not None and self._owner == os.getpid():
             grant.give_back()
@@ -122,8 +122,8 @@ class _Grant:
                     )
 
     def _is_ours(self, record: LeaseRecord | None, attempt: int) -> bool:
-        """Whether the record is this process's; sets ``loss`` if another job has the
-        folder."""
+        """Whether the record is this process's;
+        sets ``loss`` if another job has the folder."""
         if record is not None and _is_of(record, self.holder):
             self.seen = processes.boot_seconds()
             return True
@@ -171,8 +171,8 @@ class _Grant:
 
 
 def acquire(folder: Path, beat: Callable[[], object] = lambda: None) -> Lease:
-    """The lease of a folder, which is made if need be; waits up to ``watch.WATCH``
-    seconds.
+    """The lease of a folder,
+    which is made if need be; waits up to ``watch.WATCH`` seconds.
 
     ``beat`` is called meanwhile. ``CheckpointError`` if another job holds the folder,
     or has taken it over from this process, or nothing can be written there.
@@ -243,8 +243,8 @@ def _clear(folder: Path) -> None:
 
 
 def loss(folder: Path) -> str | None:
-    """Why a folder is not this process's to change: another job has it, or may have had
-    it."""
+    """Why a folder is not this process's to change: another job has it,
+    or may have had it."""
     grant = _grants.get(os.path.realpath(folder))
     if grant is None:
         holder = stranger(folder)
@@ -327,8 +327,8 @@ processes.call_after_fork(_forget)
 
 @contextmanager
 def given_up_on_failure(lease: Lease) -> Iterator[None]:
-    """Releases the lease if the block fails: a training that does not start holds
-    nothing."""
+    """Releases the lease if the block fails:
+    a training that does not start holds nothing."""
     try:
         yield
     except BaseException:

@@ -1,5 +1,5 @@
-"""The file that says which job saves into a folder; made, renewed and taken over as one
-may.
+"""The file that says which job saves into a folder;
+made, renewed and taken over as one may.
 
     out/_lease          JSON: a beat that counts up, a token, the process, since when
     out/_lease-TOKEN    on its way to or from that name
@@ -70,8 +70,8 @@ class Holder:
 
     @property
     def start(self) -> str:
-        """When the job began, for a reader: 13:05, with the date if that was another
-        day."""
+        """When the job began, for a reader: 13:05,
+        with the date if that was another day."""
         try:
             start_time, today = time.localtime(self.since), time.localtime()
         except (OverflowError, ValueError, OSError):
@@ -89,8 +89,8 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRecord:
-    """The content of the file: ``holder`` is ``None`` if nobody could have written
-    that.
+    """The content of the file:
+    ``holder`` is ``None`` if nobody could have written that.
 
     ``inode`` and ``changed`` (seconds, by the filesystem's clock) are those of the file.
     """
@@ -107,8 +107,8 @@ class LeaseRecord:
         return self.holder.token == other_record.holder.token
 
     def life(self) -> Life:
-        """Whether the holder lives. A copied folder has a copied lease, which does not
-        tell."""
+        """Whether the holder lives. A copied folder has a copied lease,
+        which does not tell."""
         if self.holder is None:
             return Life.UNKNOWN
         holder_life = self.holder.process.life()
@@ -153,8 +153,8 @@ def _holder(data: bytes) -> Holder | None:
 
 
 def create(folder: Path, holder: Holder) -> Holder | None:
-    """Makes the lease of a folder, on disk; ``None`` if there is one. ``OSError`` if
-    that fails.
+    """Makes the lease of a folder,
+    on disk; ``None`` if there is one. ``OSError`` if that fails.
 
     Returned is the holder with the file's inode.
     """
@@ -195,8 +195,8 @@ def _write(path: Path, holder: Holder) -> Holder:
 
 
 def renew(path: Path, holder: Holder, beat: int) -> LeaseRecord | None:
-    """Writes a beat, if the lease is still this holder's; returns what was there, if
-    anything."""
+    """Writes a beat,
+    if the lease is still this holder's; returns what was there, if anything."""
     try:
         fd = opening.descriptor(path, os.O_RDWR | opening.NONBLOCK)
     except FileNotFoundError:
@@ -217,8 +217,8 @@ def renew(path: Path, holder: Holder, beat: int) -> LeaseRecord | None:
 
 
 def remove(folder: Path, record: LeaseRecord, heir: Holder | None = None) -> bool:
-    """Removes a lease that was judged; ``False`` if another one is, or was, there by
-    now.
+    """Removes a lease that was judged; ``False`` if another one is,
+    or was, there by now.
 
     With ``heir`` its name is written into the file first, for a host that goes on to
     see the old file under the old name for a while, as NFS clients do.
@@ -261,8 +261,8 @@ def _put_back(moved_path: Path, lease_path: Path) -> None:
 
 
 def clock(folder: Path) -> float:
-    """The filesystem's time, by a file that is made and removed; seconds, as
-    ``changed``."""
+    """The filesystem's time,
+    by a file that is made and removed; seconds, as ``changed``."""
     probe_path = folder / f"{NAME}-{uuid.uuid4().hex}"
     fd = opening.descriptor(probe_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:

@@ -1,5 +1,5 @@
-"""A process of some machine, and whether it still lives: known exactly here, not at all
-from afar.
+"""A process of some machine,
+and whether it still lives: known exactly here, not at all from afar.
 
 Equal boot id, pid namespace and host name: the same machine, whose ``/proc`` knows. A
 pid alone is not enough, since pids are given out again; the start time, in clock ticks
@@ -33,8 +33,8 @@ class Life(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """A process: ``host`` and ``machine`` (boot id and pid namespace) it runs on,
-    ``pid`` there.
+    """A process: ``host`` and ``machine`` (boot id
+    and pid namespace) it runs on, ``pid`` there.
 
     ``start`` is in clock ticks since the machine's boot; 0 where no ``/proc`` tells.
     """

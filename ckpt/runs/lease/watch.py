@@ -27,8 +27,8 @@ log = logging.getLogger("ckpt")
 
 
 def await_end(folder: Path, record: LeaseRecord, beat: Callable[[], object]) -> None:
-    """Returns when the lease may be taken, or is another by now; raises if its holder
-    lives."""
+    """Returns when the lease may be taken,
+    or is another by now; raises if its holder lives."""
     start_time, patience = time.monotonic(), WATCH
     is_announced = False
     while True:
@@ -90,8 +90,8 @@ def is_this_process(record: LeaseRecord) -> bool:
 
 
 def describe(folder: Path) -> str | None:
-    """Who saves into a folder right now, for a reader, as far as a look tells; ``None``:
-    nobody."""
+    """Who saves into a folder right now, for a reader,
+    as far as a look tells; ``None``: nobody."""
     with suppress(OSError):
         record = lease_file.read(folder / NAME)
         if record is None or record.holder is None or record.life() is Life.ENDED:

@@ -1,5 +1,5 @@
-"""In which state every checkpoint of a run is, whoever wrote it, and which one a resume
-takes.
+"""In which state every checkpoint of a run is, whoever wrote it,
+and which one a resume takes.
 
 save_dirs     folders that tags were saved right into, which are no checkpoints
 status        committed, complete, incomplete or unknown

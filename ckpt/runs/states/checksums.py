@@ -1,5 +1,5 @@
-"""The checksums in a checkpoint: what has one, all of it or a sample, and what has
-none.
+"""The checksums in a checkpoint: what has one, all of it or a sample,
+and what has none.
 
     committed   by the manifest: every file has its digest; of a torch zip the digest binds the
                 directory, and that has the CRC32 of each record
@@ -83,8 +83,8 @@ class ChecksumPlan:
         return sum(entry.nbytes for entry in self.bare)
 
     def sample(self, percent: float, seed: int) -> ChecksumPlan:
-        """Records and files with this part of the bytes, one at least; the same for the
-        same seed.
+        """Records and files with this part of the bytes,
+        one at least; the same for the same seed.
 
         They are drawn in any order until they have so many bytes: by their number a few
         large ones, which have nearly all bytes, would hardly ever be among them.
@@ -103,8 +103,8 @@ class ChecksumPlan:
 
 
 def of_manifest(folder: Path, manifest: Manifest, deleted: Collection[str] = ()) -> ChecksumPlan:
-    """The bytes that the digests of a manifest cover, but for files that were deleted
-    by hand.
+    """The bytes that the digests of a manifest cover,
+    but for files that were deleted by hand.
 
     The files have their sizes already. ``OSError`` for one that cannot be read.
     """
@@ -193,8 +193,8 @@ def _fault(stream: BinaryIO, checkable: Checkable, progress: Progress) -> str | 
 
 
 def files_of(place: Path) -> Iterator[tuple[Path, str]]:
-    """The files of a checkpoint by name; without hidden ones, and those of a write cut
-    short."""
+    """The files of a checkpoint by name;
+    without hidden ones, and those of a write cut short."""
     if place.is_file():
         yield place, place.name
         return
@@ -251,8 +251,8 @@ def _pieces_of(folder: Path) -> dict[str, list[ItemPlace]]:
 
 
 def _faults_of(folder: Path, name: str) -> Iterator[str]:
-    """A line for each file of DCP in the folder of ``name`` that has not the items
-    described."""
+    """A line for each file of DCP in the folder
+    of ``name`` that has not the items described."""
     from converters.dcp import item_forms
 
     prefix, slash, _ = name.rpartition("/")

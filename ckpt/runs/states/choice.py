@@ -70,8 +70,8 @@ def requested(
     deepspeed: bool = True,
     committed_only: bool = False,
 ) -> Offer:
-    """The checkpoint that was asked for by name; the arguments as in
-    ``select_checkpoint``.
+    """The checkpoint that was asked for by name;
+    the arguments as in ``select_checkpoint``.
 
     ``CheckpointError`` unless it is whole, as far as can be seen without reading every
     byte.
@@ -116,8 +116,8 @@ def _uncommitted(checkpoint: RunCheckpoint) -> CheckpointError:
 def _requested_foreign(
     checkpoint: RunCheckpoint, tag: str | None, load_foreign: bool, deepspeed: bool
 ) -> Offer:
-    """One without a manifest, which has to prove that it is whole, unless
-    ``load_foreign``."""
+    """One without a manifest,
+    which has to prove that it is whole, unless ``load_foreign``."""
     folder = checkpoint.folder
     tag_folder = tag if tag is not None and (folder / tag).is_dir() else None
     is_native = detect(folder, tag_folder).kind.name != UNIVERSAL

@@ -138,8 +138,8 @@ def _is_of_one_save(checkpoint: RunCheckpoint, candidate: RunCheckpoint) -> bool
 
 
 def _is_named_after(folder: Path, candidate: Path) -> bool:
-    """Whether the name of the other folder is a trainer's, or the beginning of this
-    one's."""
+    """Whether the name of the other folder is a trainer's,
+    or the beginning of this one's."""
     if not (folder.is_dir() and candidate.is_dir()):
         return False
     return signs.is_usual(candidate.name) or folder.name.startswith(candidate.name)
@@ -157,8 +157,8 @@ def _is_same(folder: Path, candidate: Path) -> bool:
 
 
 def _has_same_bytes(path: Path, candidate: Path) -> bool:
-    """Whether two files of one size are equal: by the CRC32s that they have, or at both
-    ends."""
+    """Whether two files of one size are equal:
+    by the CRC32s that they have, or at both ends."""
     with open(path, "rb") as stream, open(candidate, "rb") as other_stream, local.naming_path(path):
         directory = digests.directory_of(stream)
         other_directory = digests.directory_of(other_stream)

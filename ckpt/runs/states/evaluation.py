@@ -1,5 +1,5 @@
-"""The metrics of a checkpoint that the Trainer wrote: what its evaluation at that step
-logged."""
+"""The metrics of a checkpoint that the Trainer wrote:
+what its evaluation at that step logged."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def candidate(path: Path) -> RunCheckpoint:
 
 
 def checkpoints_in(run_folder: Path, keeps_unread: bool = False) -> list[RunCheckpoint]:
-    """All in a run's folder that is a checkpoint, whole or not, or may be one, in any
-    order.
+    """All in a run's folder that is a checkpoint, whole or not,
+    or may be one, in any order.
 
     ``CheckpointError`` without such a folder, and where the disk fails. With
     ``keeps_unread``, which is for lists and not for whoever decides by them, that is
@@ -60,8 +60,8 @@ def checkpoints_in(run_folder: Path, keeps_unread: bool = False) -> list[RunChec
 
 
 def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
-    """The checkpoint that a path is, or those of the run that it is: none if it has none
-    yet.
+    """The checkpoint that a path is,
+    or those of the run that it is: none if it has none yet.
 
     ``CheckpointError`` for anything else; ``weights`` as in ``user_paths.instead``.
     """
@@ -77,8 +77,8 @@ def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
 
 
 def models_beside(path: Path, checkpoints: Sequence[RunCheckpoint]) -> list[RunCheckpoint]:
-    """The folders of weights that ckpt made of checkpoints, and that lie among those of
-    a run.
+    """The folders of weights that ckpt made of checkpoints,
+    and that lie among those of a run.
 
     None of these ``checkpoints``, and nothing for a path that is one checkpoint. They
     are for a list alone: no command takes one for a checkpoint.
@@ -111,8 +111,8 @@ def closed_lines(path: Path) -> list[str]:
 
 
 def checkpoint_at(path: Path, command: str) -> RunCheckpoint:
-    """The checkpoint that a path is, whoever wrote it; ``CheckpointError`` for anything
-    else.
+    """The checkpoint that a path is, whoever wrote it;
+    ``CheckpointError`` for anything else.
 
     ``command`` is how the user called it, such as "ckpt doctor --one-save".
     """
@@ -177,8 +177,8 @@ def runs_instead(path: Path, runs: Sequence[Path]) -> str:
 
 
 def is_single(path: Path) -> bool:
-    """Whether a path is one checkpoint: a folder or a file, but no folder that others
-    lie in.
+    """Whether a path is one checkpoint: a folder or a file,
+    but no folder that others lie in.
 
     A folder with tags of DeepSpeed and nothing of a trainer is a save_dir, so that each
     tag is a checkpoint; not so one of the universal format.
@@ -211,8 +211,8 @@ def adoption_command(folder: Path) -> str:
 
 
 def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
-    """The newest last: by step (unknown ones first), then by the time of saving, then by
-    name.
+    """The newest last:
+    by step (unknown ones first), then by the time of saving, then by name.
 
     Of one step, the universal format, a copy by hand, a link and what was made of
     another one come before what they are of, and a name without a number before a

@@ -1,5 +1,5 @@
-"""Checkpoints whose names say a later step than their files, and why they are passed
-over.
+"""Checkpoints whose names say a later step than their files,
+and why they are passed over.
 
 A resume goes by the step that a Trainer wrote. So checkpoint-6 with a trainer_state.json
 of step 4 comes after checkpoint-4, which is taken; that it is there, and why it is not
@@ -20,8 +20,8 @@ from converters.errors import CheckpointError
 
 
 def reasons(checkpoints: Iterable[RunCheckpoint], step: int) -> Iterator[tuple[Path, str]]:
-    """Those without a manifest whose names say a later step, each with words after its
-    name.
+    """Those without a manifest whose names say a later step,
+    each with words after its name.
 
     What ckpt made of another one has a record of its step.
     """

@@ -118,8 +118,8 @@ def _newest_of(offers: Offers, sorts: Collection[Sort], has_offer: bool) -> Newe
 
 
 def choose(path: Name, tag: str | None, last: bool, command: str = "") -> tuple[Path, str | None]:
-    """The checkpoint to read: the path itself, or with ``last`` the newest of the run
-    there.
+    """The checkpoint to read: the path itself,
+    or with ``last`` the newest of the run there.
 
     With a remark on which that is, which is logged, too. ``CheckpointError`` for a run
     without ``last`` that no file latest leads on from, and for a ``tag`` with it;
@@ -146,8 +146,8 @@ def choose(path: Name, tag: str | None, last: bool, command: str = "") -> tuple[
 
 
 def _require_one_model(folder: Path) -> None:
-    """``CheckpointError`` where the newest is one of several models that one folder
-    holds.
+    """``CheckpointError`` where the newest is one
+    of several models that one folder holds.
 
     None of them is newer than the others.
     """
@@ -157,8 +157,8 @@ def _require_one_model(folder: Path) -> None:
 
 
 def require_checkpoint(path: Path, command: str, choice: str) -> None:
-    """``CheckpointError`` for a run, which is several checkpoints: it names them and
-    ``choice``.
+    """``CheckpointError`` for a run,
+    which is several checkpoints: it names them and ``choice``.
 
     ``choice`` is what takes the newest, such as "--last". A run whose file ``latest``
     names a checkpoint stands for that, and everything that is no run is left to its
@@ -179,8 +179,8 @@ def require_checkpoint(path: Path, command: str, choice: str) -> None:
 
 
 def _warn_of_newer(path: Path) -> None:
-    """Logs which checkpoint the file ``latest`` of a run leads to, where a newer one is
-    there."""
+    """Logs which checkpoint the file ``latest`` of a run leads to,
+    where a newer one is there."""
     pointed = Run(path).pointer() if path.is_dir() and not is_numbered(path) else None
     if pointed is None or pointed.step is None:
         return
@@ -220,8 +220,8 @@ def _warn_of_newer(path: Path) -> None:
 def _is_of_training(
     status: CheckpointStatus, pointed: RunCheckpoint, present: Sequence[RunCheckpoint]
 ) -> bool:
-    """Whether a later checkpoint may be of the training of a committed one, or the
-    newest is."""
+    """Whether a later checkpoint may be of the training of a committed one,
+    or the newest is."""
     if status.proof is None:
         return status.checkpoint in members(present)
     from ckpt.runs.foreign.succession import relate

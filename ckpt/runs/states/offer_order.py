@@ -20,8 +20,8 @@ def newest_first(
     checkpoints: Sequence[RunCheckpoint],
     fits: TopologyFilter | None = None,
 ) -> list[RunCheckpoint]:
-    """The order in which they are offered: by step; of one step what fits, then what is
-    committed.
+    """The order in which they are offered: by step;
+    of one step what fits, then what is committed.
 
     What was made of another one comes after that, committed or not, unless it alone
     fits; so does a copy, and what has not the name that a trainer gives. One whose step
@@ -64,8 +64,8 @@ def newest_first(
 def is_fitting(
     checkpoint: RunCheckpoint, original: RunCheckpoint | None, fits: TopologyFilter | None
 ) -> bool:
-    """Whether one is known to fit and, where ``original`` says nothing of itself, that
-    not to."""
+    """Whether one is known to fit and,
+    where ``original`` says nothing of itself, that not to."""
     if fits is None:
         return True
     partitioning: Partitioning | None = checkpoint.manifest or checkpoint.record

@@ -1,5 +1,5 @@
-"""Folders that DeepSpeed's tags were saved right into: runs, not checkpoints of the
-folder above.
+"""Folders that DeepSpeed's tags were saved right into:
+runs, not checkpoints of the folder above.
 
 ``engine.save_checkpoint("out")`` makes out/global_step2, out/global_step4 and the file
 latest. DeepSpeed loads ``out`` as one checkpoint, the one that latest names. A manifest
@@ -22,8 +22,8 @@ WHY = "a save_dir with tags of its own"
 
 
 def is_save_dir(path: Path) -> bool:
-    """Whether a path is a folder that a training saves its tags into, or a run of any
-    kind.
+    """Whether a path is a folder that a training saves its tags into,
+    or a run of any kind.
 
     A loop may save each of its checkpoints into a folder of its own: that has one tag,
     and a name that trainings give to checkpoints, such as epoch1. So does what a trainer
@@ -48,6 +48,6 @@ def is_save_dir(path: Path) -> bool:
 
 
 def is_tag(path: Path) -> bool:
-    """Whether a path is the folder of a tag of DeepSpeed, which never gets a manifest
-    itself."""
+    """Whether a path is the folder of a tag of DeepSpeed,
+    which never gets a manifest itself."""
     return path.is_dir() and is_tag_folder(path)

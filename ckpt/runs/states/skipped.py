@@ -44,8 +44,8 @@ class SkippedCandidate:
 
 
 def lost_work(run: Path, skipped: Sequence[SkippedCandidate]) -> CheckpointError | None:
-    """The error where a fresh start would forget work; ``None`` where there are weights
-    alone."""
+    """The error where a fresh start would forget work;
+    ``None`` where there are weights alone."""
     lost = [entry for entry in skipped if entry.sort != "weights"]
     if not lost:
         return None

@@ -92,15 +92,15 @@ class CheckpointStatus:
 
     @property
     def writer(self) -> str | None:
-        """Who wrote a complete one, such as "the Trainer with DeepSpeed", where that is
-        known."""
+        """Who wrote a complete one, such as "the Trainer with DeepSpeed",
+        where that is known."""
         is_known = self.proof is not None and self.proof.kind != MODEL
         return self.proof.kind if is_known and self.proof is not None else None
 
     @property
     def step(self) -> int | None:
-        """The step that its files say or, if none does, its name; of a derived one its
-        record."""
+        """The step that its files say or,
+        if none does, its name; of a derived one its record."""
         if self.checkpoint.source is not None and self.checkpoint.step is not None:
             return self.checkpoint.step
         if self.proof is not None and self.proof.step is not None:
@@ -128,8 +128,8 @@ class CheckpointStatus:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Metrics by name: those of the manifest, or what the Trainer evaluated at this
-        step."""
+        """Metrics by name: those of the manifest,
+        or what the Trainer evaluated at this step."""
         if self.proof is not None and self.proof.history is not None:
             from ckpt.runs.states import evaluation
 
@@ -153,8 +153,8 @@ class CheckpointStatus:
 
     @property
     def kind_name(self) -> str:
-        """The kind of what lies there, as ``detect`` has it; of what cannot be read
-        unknown."""
+        """The kind of what lies there, as ``detect`` has it;
+        of what cannot be read unknown."""
         folder = self.checkpoint.folder
         return "unknown" if self.checkpoint.is_unread else detect(folder).kind.name
 
@@ -232,8 +232,8 @@ def statuses_of(
 
 
 def _newest(checkpoints: Sequence[RunCheckpoint]) -> RunCheckpoint | None:
-    """The newest one with DeepSpeed's files, by the step and time that folders say, if
-    any has.
+    """The newest one with DeepSpeed's files,
+    by the step and time that folders say, if any has.
 
     Of one step that which a training saved comes before what was made of it.
     """
@@ -284,8 +284,8 @@ def _status(checkpoint: RunCheckpoint, is_one_save: bool, is_newest: bool) -> Ch
 
 
 def saved_at(place: Path) -> float:
-    """When the newest file was written; a pin is not of the checkpoint. Seconds since
-    1970."""
+    """When the newest file was written;
+    a pin is not of the checkpoint. Seconds since 1970."""
     times = {
         name: time_ns
         for name, (_, time_ns, _) in liveness.look(place).items()

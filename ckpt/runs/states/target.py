@@ -37,8 +37,8 @@ _SIMILARITY = 0.75  # names over this, of 1, differ by a slip: chkpt-500 and che
 
 
 def interpret(path: Path, tag: str | None, fits: TopologyFilter | None) -> tuple[str, str | None]:
-    """The meaning for the caller: "run", "nothing" or "checkpoint" and its name in
-    ``path``."""
+    """The meaning for the caller: "run",
+    "nothing" or "checkpoint" and its name in ``path``."""
     if not path.is_dir():
         return _meaning_without_folder(path, tag), None
     if not is_run(path) and (is_checkpoint(path) or signs.has_signs(path)):
@@ -94,8 +94,8 @@ def _checkpoint_names(folder: Path) -> list[str]:
 
 
 def _meaning_of_checkpoint(path: Path, tag: str | None) -> str:
-    """What the folder of a checkpoint means; "run" where another tag in it has to be
-    chosen.
+    """What the folder of a checkpoint means;
+    "run" where another tag in it has to be chosen.
 
     ``CheckpointError`` if it was not saved under ``tag``.
     """
@@ -115,8 +115,8 @@ def _meaning_of_checkpoint(path: Path, tag: str | None) -> str:
 
 
 def _meaning_of_run(path: Path) -> str:
-    """What a folder means that is not a checkpoint: "run" if it holds some, else
-    "nothing"."""
+    """What a folder means that is not a checkpoint:
+    "run" if it holds some, else "nothing"."""
     if signs.candidates(path):
         return "run"
 
@@ -125,8 +125,8 @@ def _meaning_of_run(path: Path) -> str:
 
 
 def _require_beginning(path: Path) -> None:
-    """``CheckpointError`` for a checkpoint of another kind, which a new training would
-    pass over.
+    """``CheckpointError`` for a checkpoint of another kind,
+    which a new training would pass over.
 
     So is the folder that Accelerate and Lightning make for their checkpoints. Other
     runs, weights and other files that lie in a run's folder are only said.
@@ -151,8 +151,8 @@ def _require_beginning(path: Path) -> None:
 
 
 def _has_other_tags(path: Path) -> bool:
-    """Whether DeepSpeed's ``latest`` names a tag that is not whole, and there are
-    others."""
+    """Whether DeepSpeed's ``latest`` names a tag that is not whole,
+    and there are others."""
     tags = [inner_folder for inner_folder in signs.candidates(path) if is_checkpoint(inner_folder)]
     if is_numbered(path) or len(tags) < 2:
         return False
@@ -168,8 +168,8 @@ def _has_other_tags(path: Path) -> bool:
 
 
 def _tags(checkpoint: RunCheckpoint) -> list[str]:
-    """The tag in its manifest, and of several engines the last part, which they have in
-    common."""
+    """The tag in its manifest, and of several engines the last part,
+    which they have in common."""
     tag = checkpoint.manifest.tag if checkpoint.manifest is not None else None
     return [tag, tag.rpartition("/")[2]] if tag is not None else []
 

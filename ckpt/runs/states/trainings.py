@@ -61,8 +61,8 @@ class Supersession:
 def supersession_of(
     checkpoint: RunCheckpoint, step: int | None, present: Sequence[RunCheckpoint]
 ) -> Supersession | None:
-    """Whether another training saved a complete one after it, of no later step, among
-    these.
+    """Whether another training saved a complete one after it,
+    of no later step, among these.
 
     Of a copy by hand, and of what ckpt made of a checkpoint, the times say nothing: it
     goes by its original. What ckpt made of one that is gone was never saved last.
@@ -93,8 +93,8 @@ def supersession_of(
 
 @dataclass(frozen=True, slots=True)
 class OrderDoubt:
-    """A checkpoint that counts as the newest, another one that may be, and why either
-    is."""
+    """A checkpoint that counts as the newest, another one that may be,
+    and why either is."""
 
     checkpoint: RunCheckpoint
     rival: RunCheckpoint
@@ -210,8 +210,8 @@ def _is_resumable(checkpoint: RunCheckpoint, step: int | None) -> bool:
 
 
 def by_training(statuses: Sequence[CheckpointStatus]) -> list[list[CheckpointStatus]]:
-    """Complete checkpoints by trainings, the one that saved last first, each in order of
-    steps.
+    """Complete checkpoints by trainings,
+    the one that saved last first, each in order of steps.
 
     What is not the Trainer's contradicts nothing, and is of the first one.
     """
@@ -263,8 +263,8 @@ def remarks(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
 
 
 def order_remarks(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
-    """Lines on which checkpoint counts as the newest, where steps, times and logs
-    disagree.
+    """Lines on which checkpoint counts as the newest,
+    where steps, times and logs disagree.
 
     ``statuses`` are those of a run, the newest last, as ``listing.ordered`` has them.
     """

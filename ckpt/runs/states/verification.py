@@ -1,5 +1,5 @@
-"""Whether checkpoints are whole, whoever wrote them: by names and headers, or by their
-bytes.
+"""Whether checkpoints are whole, whoever wrote them:
+by names and headers, or by their bytes.
 
     plan      the state of each, and which bytes have checksums: all, or a sample of them
     execute   reads these bytes
@@ -96,8 +96,8 @@ def plans(
 
 
 def plan(status: CheckpointStatus, depth: Depth) -> VerificationPlan:
-    """Decides which bytes of a checkpoint are read; ``CheckpointError`` where the disk
-    fails."""
+    """Decides which bytes of a checkpoint are read;
+    ``CheckpointError`` where the disk fails."""
     folder, manifest = status.checkpoint.folder, status.checkpoint.manifest
     is_read = status.whole and depth.word != "structure"
     is_by_manifest = manifest is not None and depth.percent is None

@@ -155,8 +155,8 @@ def adopt(
 def _with_lines(
     statuses: Sequence[CheckpointStatus],
 ) -> list[tuple[CheckpointStatus, Line | None]]:
-    """In the order of adoption, with the line that a checkpoint does not go on from, if
-    any.
+    """In the order of adoption,
+    with the line that a checkpoint does not go on from, if any.
 
     The training that saved last comes first, so that it is the one that goes on from
     what several have in common. What a resume passes over as older than the newest
@@ -175,8 +175,8 @@ def _with_lines(
 
 
 def _line_apart(status: CheckpointStatus, newest: RunCheckpoint | None) -> Line | None:
-    """The line of the newest committed one, where a later checkpoint does not go on from
-    it."""
+    """The line of the newest committed one,
+    where a later checkpoint does not go on from it."""
     if newest is None or newest.manifest is None or newest.tier != "full" or status.proof is None:
         return None
     if (status.step or 0) <= newest.manifest.step or status.checkpoint.source is not None:
@@ -222,8 +222,8 @@ def commit(folder: Path, data: bool = True) -> Manifest:
 
 
 def plan(folder: Path, data: bool = True) -> Adoption:
-    """Proves that a checkpoint is whole; ``CheckpointError`` if it is not. Writes
-    nothing.
+    """Proves that a checkpoint is whole;
+    ``CheckpointError`` if it is not. Writes nothing.
 
     Without ``data`` the records of torch zips are not read: a later ``verify --data``
     compares them with the CRC32s that they had when they were saved.
@@ -334,15 +334,15 @@ def _manifest(
 
 
 def _original_folder(folder: Path) -> Path:
-    """The folder that a checkpoint was saved into: of a copy by hand that of its
-    original."""
+    """The folder that a checkpoint was saved into:
+    of a copy by hand that of its original."""
     copied = copies.originals(listing.checkpoints_in(folder.parent, keeps_unread=True))
     return copied[folder].folder if folder in copied else folder
 
 
 def _saved_at(folder: Path, original_folder: Path, file_names: Sequence[str]) -> float:
-    """When a checkpoint was saved, in seconds since 1970: by its newest file, or its
-    original's."""
+    """When a checkpoint was saved, in seconds since 1970:
+    by its newest file, or its original's."""
     if original_folder != folder:
         manifest_of_original = open_checkpoint(original_folder).manifest
         return manifest_of_original.created if manifest_of_original else saved_at(original_folder)

@@ -119,8 +119,8 @@ def amendment(checkpoint: RunCheckpoint) -> Amendment | None:
 
 
 def _taken_as_it_is(checkpoint: RunCheckpoint, manifest: Manifest) -> Amendment | None:
-    """The manifest with what was changed, unless anything else is wrong with the
-    checkpoint."""
+    """The manifest with what was changed,
+    unless anything else is wrong with the checkpoint."""
     changed_names = tuple(
         name for name in changed_files(checkpoint) if damage(checkpoint.folder, name) is None
     )
@@ -170,8 +170,8 @@ def _is_state(name: str, manifest: Manifest) -> bool:
 
 
 def amend(checkpoint: RunCheckpoint) -> None:
-    """Rewrites the manifest, all at once; ``CheckpointError`` if the checkpoint is in
-    use."""
+    """Rewrites the manifest, all at once;
+    ``CheckpointError`` if the checkpoint is in use."""
     planned_amendment = amendment(checkpoint)
     if planned_amendment is None:
         return

@@ -64,8 +64,8 @@ class Collection:
 
 
 def plan(folders: Sequence[Path], output: Path) -> Collection:
-    """Decides what is copied; ``CheckpointError`` unless these are all parts of one
-    save."""
+    """Decides what is copied;
+    ``CheckpointError`` unless these are all parts of one save."""
     sources = sorted((_part(folder) for folder in folders), key=_node)
     user_paths.require_outside(output, folders)
     manifests = [source.manifest for source in sources if source.manifest is not None]
@@ -122,8 +122,8 @@ def _require_all_nodes(first_folder: Path, manifests: Sequence[Manifest]) -> Non
 def _joined_files(
     sources: Sequence[RunCheckpoint], manifests: Sequence[Manifest], output: Path
 ) -> tuple[dict[str, Path], dict[str, manifest.FileRecord]]:
-    """For every name the folder that its file comes from, and what the manifests say of
-    it."""
+    """For every name the folder that its file comes from,
+    and what the manifests say of it."""
     source_folders: dict[str, Path] = {}
     listed_files: dict[str, manifest.FileRecord] = {}
     for source, node_manifest in zip(sources, manifests, strict=True):
@@ -204,8 +204,8 @@ def execute(collection: Collection, progress: Progress = quiet) -> None:
 
 
 def require_output(collection: Collection) -> None:
-    """``CheckpointError`` where ``execute`` would refuse to make the output; makes
-    nothing."""
+    """``CheckpointError`` where ``execute`` would refuse
+    to make the output; makes nothing."""
     output = collection.output
     # into a node's own folder files are added
     place = output / filenames.MANIFEST if collection.inside else output

@@ -44,16 +44,16 @@ _STAGING_LOCKS = {".saving": filenames.LOCK, ".partial": PLAN, ".fp32": filename
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The traces that a finished save does not leave, and the states of all
-    checkpoints."""
+    """The traces that a finished save does not leave,
+    and the states of all checkpoints."""
 
     findings: tuple[Finding, ...]
     statuses: tuple[CheckpointStatus, ...]
 
 
 def diagnose(run: Run, progress: Progress = quiet) -> Diagnosis:
-    """Everything in the folder that is not as a finished save leaves it; changes
-    nothing.
+    """Everything in the folder that is not
+    as a finished save leaves it; changes nothing.
 
     A complete checkpoint is as a save leaves it, whoever wrote it. ``progress`` gets 1
     for each checkpoint.
@@ -206,8 +206,8 @@ def _amendable(checkpoint: RunCheckpoint) -> Finding | None:
 
 
 def _damaged_findings(checkpoint: RunCheckpoint) -> Iterator[Finding]:
-    """Files of a committed checkpoint that were changed, are damaged, and no resume
-    needs."""
+    """Files of a committed checkpoint that were changed,
+    are damaged, and no resume needs."""
     for name in amending.changed_files(checkpoint) if checkpoint.committed else ():
         if (reason := amending.damage(checkpoint.folder, name)) is not None:
             path = checkpoint.folder / name

@@ -1,5 +1,5 @@
-"""The findings to be put right in a run, as values, and whether anybody may be at it
-still."""
+"""The findings to be put right in a run, as values,
+and whether anybody may be at it still."""
 
 from __future__ import annotations
 

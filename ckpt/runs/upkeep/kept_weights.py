@@ -32,8 +32,8 @@ _REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class KeptWeights:
-    """The proof of the weights, in a line, and their element types as safetensors names
-    them."""
+    """The proof of the weights, in a line,
+    and their element types as safetensors names them."""
 
     line: str
     dtypes: frozenset[str]
@@ -150,8 +150,8 @@ def _require_all(pairs: Sequence[Counterpart], subject: str) -> None:
 def _verified_names(
     folder: Path, manifest: Manifest, stored: Mapping[str, TensorRef], progress: Progress
 ) -> list[str]:
-    """The files that hold the tensors; ``CheckpointError`` unless every byte has its
-    digest."""
+    """The files that hold the tensors;
+    ``CheckpointError`` unless every byte has its digest."""
     weights_paths = {extent.path for ref in stored.values() for extent in ref.extents}
     file_names = sorted(path.relative_to(folder).as_posix() for path in weights_paths)
     unlisted_names = [name for name in file_names if name not in manifest.files]
@@ -254,8 +254,8 @@ def _of_selection(
 
 
 def _newest_values(pairs: Sequence[Counterpart], source: Source) -> list[Counterpart]:
-    """With ZenFlow, whose fp32 weights lag behind, those of the model file in place of
-    them.
+    """With ZenFlow, whose fp32 weights lag behind,
+    those of the model file in place of them.
 
     There the 16-bit weights are ahead of the optimizer's (DeepSpeed 0.19.8
     ``runtime/zenflow``), so that nothing rounds to them but the module itself.
@@ -271,8 +271,8 @@ def _newest_values(pairs: Sequence[Counterpart], source: Source) -> list[Counter
 
 
 def _as_computed_with(pairs: Sequence[Counterpart], source: Source) -> list[Counterpart]:
-    """Where a training in fp16 saved bf16 weights, the fp16 ones in place of those in
-    fp32.
+    """Where a training in fp16 saved bf16 weights,
+    the fp16 ones in place of those in fp32.
 
     They were rounded twice: first to what the model computes with. Stage 3 keeps no such
     copy, and nothing is compared there.

@@ -1,5 +1,5 @@
-"""The doubts whether the files of a checkpoint are of one save, when it is to be
-committed."""
+"""The doubts whether the files of a checkpoint are of one save,
+when it is to be committed."""
 
 from __future__ import annotations
 

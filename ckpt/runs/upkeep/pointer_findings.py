@@ -26,8 +26,8 @@ _EMPTY = "is empty, and names no checkpoint"
 def pointer_findings(
     run: Run, checkpoints: Sequence[RunCheckpoint], statuses: Sequence[CheckpointStatus]
 ) -> Iterator[Finding]:
-    """A finding for each pointer that is missing, or names something else than it
-    should.
+    """A finding for each pointer that is missing,
+    or names something else than it should.
 
     ``statuses`` are those of all checkpoints, whoever wrote them.
     """
@@ -91,8 +91,8 @@ def _leads_nowhere(run: Run, pointer_text: str | None) -> bool:
 def _newer_whole(
     statuses: Sequence[CheckpointStatus], expected: RunCheckpoint
 ) -> CheckpointStatus | None:
-    """The latest checkpoint that goes on from ``expected`` and is whole, but not
-    committed."""
+    """The latest checkpoint that goes on from ``expected`` and is whole,
+    but not committed."""
     newer = [
         status
         for status in statuses
@@ -104,8 +104,8 @@ def _newer_whole(
 
 
 def _is_newer_whole(status: CheckpointStatus, expected: RunCheckpoint) -> bool:
-    """Whether it is complete and of a later step, by its files and by its name, if that
-    has one."""
+    """Whether it is complete and of a later step,
+    by its files and by its name, if that has one."""
     steps = (status.step, status.checkpoint.step)
     is_later = all((expected.step or 0) < step for step in steps if step is not None)
 
@@ -139,8 +139,8 @@ def _dangling(
     pointer_text: str | None,
     statuses: Sequence[CheckpointStatus],
 ) -> Iterator[Finding]:
-    """A pointer that nothing committed fits. One written by DeepSpeed may still lead
-    somewhere."""
+    """A pointer that nothing committed fits.
+    One written by DeepSpeed may still lead somewhere."""
     leads_somewhere = (
         bool(pointer_text)
         and manifests.is_inside(str(pointer_text))
@@ -164,8 +164,8 @@ def _dangling(
 
 
 def _way_on(run: Run, statuses: Sequence[CheckpointStatus]) -> str:
-    """What helps where ``latest`` leads nowhere, and nothing is committed that it could
-    name."""
+    """What helps where ``latest`` leads nowhere,
+    and nothing is committed that it could name."""
     if any(status.adoptable for status in statuses):
         folder = shell_word(run.path)
         return (

@@ -130,8 +130,8 @@ def require_slimmable(checkpoint: RunCheckpoint, force: bool) -> Manifest:
 
 
 def without_states(checkpoint: RunCheckpoint, manifest: Manifest) -> Slimming:
-    """A full checkpoint without what only a resume needs; nothing is proven of its
-    weights."""
+    """A full checkpoint without what only a resume needs;
+    nothing is proven of its weights."""
     engine_tags = engines.tags(manifest)
     leftover_names = _surplus(checkpoint.folder, manifest)
     resume_names = {name for name in manifest.files if _resume_only(name, engine_tags)}
@@ -157,8 +157,8 @@ def without_states(checkpoint: RunCheckpoint, manifest: Manifest) -> Slimming:
 
 
 def _uncommitted(checkpoint: RunCheckpoint) -> str:
-    """Why a checkpoint without a valid manifest is not made a slim one, and what to do
-    first."""
+    """Why a checkpoint without a valid manifest is not made a slim one,
+    and what to do first."""
     if checkpoint.why != manifests.ABSENT:
         return f"is not committed ({checkpoint.why})"
 
@@ -198,8 +198,8 @@ def _origin(checkpoint: RunCheckpoint, manifest: Manifest) -> Ancestry:
 
 
 def _require_expendable(checkpoint: RunCheckpoint, manifest: Manifest, force: bool) -> None:
-    """``CheckpointError`` for a node's part, and unless ``force`` for what may be needed
-    yet."""
+    """``CheckpointError`` for a node's part,
+    and unless ``force`` for what may be needed yet."""
     if manifest.nodes > 1:
         raise _refusal(
             checkpoint,
@@ -230,8 +230,8 @@ def _require_inside(checkpoint: RunCheckpoint, names: tuple[str, ...]) -> None:
 
 
 def execute(slimming: Slimming) -> None:
-    """Commits the slim state, then deletes; ``CheckpointError`` if the checkpoint is in
-    use."""
+    """Commits the slim state, then deletes;
+    ``CheckpointError`` if the checkpoint is in use."""
     with lock_of(slimming.checkpoint) as lock:
         if slimming.manifest == slimming.checkpoint.manifest:
             commit(slimming, lock)
@@ -296,8 +296,8 @@ def is_tag(folder: Path) -> bool:
 
 
 def leftovers(checkpoint: RunCheckpoint) -> list[str]:
-    """Files of a weights-only checkpoint that an interrupted ``slim`` should have
-    removed."""
+    """Files of a weights-only checkpoint
+    that an interrupted ``slim`` should have removed."""
     manifest = checkpoint.manifest
     is_slim = manifest is not None and manifest.tier == "weights"
     return list(_surplus(checkpoint.folder, manifest)) if manifest and is_slim else []

@@ -1,5 +1,5 @@
-"""Whether weights beside DeepSpeed's files have the values of its states, for
-``verify --data``.
+"""Whether weights beside DeepSpeed's files have the values of its states,
+for ``verify --data``.
 
 A trainer saves ``model.safetensors`` or an adapter beside the files that a training goes
 on from. No checksum of either tells that both are of one step. Their values do: the
@@ -122,8 +122,8 @@ def execute(
 def compare(
     comparison: WeightsComparison, in_sample: bool, progress: Progress = quiet
 ) -> str | None:
-    """A line on the values that agree, if any were compared; ``CheckpointError`` for
-    others."""
+    """A line on the values that agree,
+    if any were compared; ``CheckpointError`` for others."""
     source, name = comparison.source, comparison.name
     if not in_sample:
         from ckpt.runs.upkeep import kept_values

@@ -1,5 +1,5 @@
-"""Checkpoints of a run without a valid manifest that are not complete: torn, or being
-saved."""
+"""Checkpoints of a run without a valid manifest that are not complete: torn,
+or being saved."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def uncommitted_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> It
 
 
 def _lost_pointers(folder: Path, manifest: Manifest | None) -> Iterator[Finding]:
-    """The files ``latest`` that are all that a checkpoint lacks; nothing if there is
-    more."""
+    """The files ``latest`` that are all that a checkpoint lacks;
+    nothing if there is more."""
     if manifest is not None:
         lost_tags = _lost_latest(folder, manifest) if manifest.tag else {}
         for name, tag_name in lost_tags.items():
@@ -80,8 +80,8 @@ def _lost_pointers(folder: Path, manifest: Manifest | None) -> Iterator[Finding]
 
 
 def _torn_finding(folder: Path, is_deepspeed_run: bool) -> Finding | None:
-    """What to do about a folder that no resume could read; ``None`` if it is not known
-    to be."""
+    """What to do about a folder that no resume could read;
+    ``None`` if it is not known to be."""
     torn_folder = folder.with_name(f".{folder.name}.torn")
     if replacing.is_arriving(torn_folder):
         description = f"torn, and moved to {torn_folder.name} in part"
@@ -127,8 +127,8 @@ def _describe_later_save(folder: Path, manifest: Manifest, finding: str) -> str:
 
 
 def _lost_latest(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """The files latest with a tag in them that are all that the manifest misses; else
-    nothing."""
+    """The files latest with a tag in them that are all
+    that the manifest misses; else nothing."""
     problem_names = [
         line.partition(":")[0] for line in manifests.check(folder, manifest, strict=True)
     ]

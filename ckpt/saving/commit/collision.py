@@ -1,5 +1,5 @@
-"""A save whose name a checkpoint has that this training did not write: that one gets
-another name.
+"""A save whose name a checkpoint has that this training did not write:
+that one gets another name.
 
     out/checkpoint-6    of run 3f2a1c   ->   out/checkpoint-6.run-3f2a1c
     out/checkpoint-6    without ckpt    ->   out/checkpoint-6.foreign

@@ -1,5 +1,5 @@
-"""One checkpoint of all ranks on its way: written aside, then committed as a whole, or
-absent.
+"""One checkpoint of all ranks on its way:
+written aside, then committed as a whole, or absent.
 
     RUN/.NAME.saving/      what all ranks write into; no tool takes it for a checkpoint
       .lock                  locked while its save lives
@@ -44,15 +44,15 @@ log = logging.getLogger("ckpt")
 
 
 def staging_for(final: Path) -> Path:
-    """Where a checkpoint is written until it is whole; matches neither ``checkpoint-*``
-    nor N."""
+    """Where a checkpoint is written until it is whole;
+    matches neither ``checkpoint-*`` nor N."""
     return final.with_name(f".{final.name}.saving")
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The entries of the manifest beside the files; see ``Manifest``. Rank 0's are
-    used."""
+    """The entries of the manifest beside the files;
+    see ``Manifest``. Rank 0's are used."""
 
     step: int
     tag: str | None
@@ -65,8 +65,8 @@ class Facts:
 
 
 class Commit:
-    """A save that becomes ``final``; every rank calls ``begin`` and ``finish``, or
-    ``abandon``.
+    """A save that becomes ``final``;
+    every rank calls ``begin`` and ``finish``, or ``abandon``.
 
     ``files`` are those that this rank has written, synced and digested, by posix path
     relative to the folder; all others that turn up in it are synced and digested by the
@@ -97,8 +97,8 @@ class Commit:
         self.nbytes = 0  # of the committed files in this rank's folder, where it commits
 
     def begin(self) -> None:
-        """Makes the empty folder; ``CheckpointError`` on every rank unless all save the
-        same."""
+        """Makes the empty folder;
+        ``CheckpointError`` on every rank unless all save the same."""
         with self.ranks.step() as saves:
             saves.value = [self.final.name, self.facts.step, self.facts.tier]
         with self.ranks.step() as identities:
@@ -117,14 +117,14 @@ class Commit:
         self.line = Line(run, launch, pairs)
 
     def settle(self) -> None:
-        """Syncs and digests what is in the folder already and was not written by the
-        saver."""
+        """Syncs and digests what is in the folder already
+        and was not written by the saver."""
         if self.nodes.leads:
             self.files |= _settle(self.folder, set(self.files), self.ranks.heartbeat)
 
     def finish(self) -> None:
-        """Commits, when all ranks have come here; ``CheckpointError`` on every rank if
-        one fails.
+        """Commits, when all ranks have come here;
+        ``CheckpointError`` on every rank if one fails.
 
         Then the folder is gone and what was committed before is untouched.
         """
@@ -210,8 +210,8 @@ class Commit:
         self.lease.release()
 
     def _written_files(self, reports: list[Any]) -> Files:
-        """The files that the ranks of this folder have digested, and those written
-        together."""
+        """The files that the ranks of this folder have digested,
+        and those written together."""
         files: Files = {}
         for folder, rank_files, _ in reports:
             if folder == self.nodes.folder:
@@ -246,8 +246,8 @@ class Commit:
 
 @contextmanager
 def committed(commit: Commit) -> Iterator[Path]:
-    """The folder to write into, on every rank; committed if all blocks end without an
-    error."""
+    """The folder to write into,
+    on every rank; committed if all blocks end without an error."""
     try:
         commit.begin()
         with commit.ranks.step():

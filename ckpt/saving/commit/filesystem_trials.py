@@ -40,8 +40,8 @@ log = logging.getLogger("ckpt")
 
 @dataclass(frozen=True, slots=True)
 class FolderTrial:
-    """The abilities of a folder's filesystem. ``part`` are the bytes of the file that
-    was written."""
+    """The abilities of a folder's filesystem.
+    ``part`` are the bytes of the file that was written."""
 
     renames_folders: bool
     maps: bool
@@ -88,8 +88,8 @@ def examine(folder: Path, parameters: Iterable[torch.Tensor]) -> FolderTrial:
 
 
 def require_seen(run: Path, trials: Iterable[tuple[int, str, int]]) -> None:
-    """``CheckpointError`` unless this rank sees what others wrote, at its size, soon
-    enough.
+    """``CheckpointError`` unless this rank sees what others wrote,
+    at its size, soon enough.
 
     ``trials``: rank, folder and bytes of each. A commit trusts the sizes that it sees.
     """
@@ -110,8 +110,8 @@ def require_seen(run: Path, trials: Iterable[tuple[int, str, int]]) -> None:
 
 @contextmanager
 def tried(run: Path, attempt: str) -> Iterator[None]:
-    """Turns an ``OSError`` of this block into a ``CheckpointError`` that says what was
-    tried."""
+    """Turns an ``OSError`` of this block into a ``CheckpointError``
+    that says what was tried."""
     try:
         yield
     except OSError as error:
@@ -154,8 +154,8 @@ def _try_writing(folder: Path, parameters: Iterable[torch.Tensor]) -> None:
 
 
 def _try_looking(folder: Path) -> int:
-    """The size of what was written, which is read to learn it; waits until the place
-    knows it."""
+    """The size of what was written,
+    which is read to learn it; waits until the place knows it."""
     path = folder / PART
     with tried(folder.parent, "looking at a file"):
         size = len(path.read_bytes())

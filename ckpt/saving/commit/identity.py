@@ -1,5 +1,5 @@
-"""Which run a training is: a new one, or that of the checkpoint it resumed from
-(``lineage``).
+"""Which run a training is: a new one,
+or that of the checkpoint it resumed from (``lineage``).
 
 A resume notes it for the engine that it loaded. Whoever loads an engine without ckpt,
 by ``engine.load_checkpoint`` or ``accelerator.load_state``, goes on from the run whose
@@ -34,8 +34,8 @@ def begin(engine: object = None) -> Line:
 
 
 def go_on(engine: object, source: Manifest | None, step: int) -> Line:
-    """The line of a training that resumed from a checkpoint at ``step``, noted for
-    ``engine``.
+    """The line of a training that resumed from a checkpoint at ``step``,
+    noted for ``engine``.
 
     ``source``: its manifest, ``None`` if it has none. ``engine`` may be ``None``.
     """
@@ -43,8 +43,8 @@ def go_on(engine: object, source: Manifest | None, step: int) -> Line:
 
 
 def line_after(engine: object, folder: str | os.PathLike[str] | None, step: int) -> Line:
-    """The line of a training of ``engine`` at ``step`` that resumed from ``folder``, if
-    any."""
+    """The line of a training of ``engine`` at ``step``
+    that resumed from ``folder``, if any."""
     if folder is None or not step:
         return begin(engine)
     path = Path(os.path.abspath(folder))
@@ -66,8 +66,8 @@ def line_of(engine: object, folder: Path, loaded_step: int | None) -> Line:
 
 
 def line_in(folder: Path, step: int) -> Line:
-    """The line of a training at ``step`` that goes on from the run in ``folder``; new
-    without one.
+    """The line of a training at ``step`` that goes
+    on from the run in ``folder``; new without one.
 
     The checkpoint is the newest up to that step, of the line that saved last.
     """
@@ -88,8 +88,8 @@ def is_of_this_process(checkpoint: Manifest) -> bool:
 
 
 def warn_of_others(folder: Path, line: Line) -> None:
-    """Logs a warning if ``folder`` holds checkpoints that are not of this training's
-    line."""
+    """Logs a warning if ``folder`` holds checkpoints
+    that are not of this training's line."""
     try:
         checkpoints = Run(folder).checkpoints() if folder.is_dir() else []
     except CheckpointError:  # what fails here is named when it matters

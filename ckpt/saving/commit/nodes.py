@@ -89,8 +89,8 @@ def find(ranks: RankGroup, folder: Path, local: bool) -> Nodes:
 
 @contextmanager
 def _nonce(folder: Path) -> Iterator[Path]:
-    """A file that only this start makes, locked while it is there and gone after the
-    block."""
+    """A file that only this start makes,
+    locked while it is there and gone after the block."""
     path = folder / f"{leftovers.NONCE}{uuid.uuid4().hex}"
     path.write_bytes(b"")
     try:
@@ -101,8 +101,8 @@ def _nonce(folder: Path) -> Iterator[Path]:
 
 
 def hold(ranks: RankGroup, nodes: Nodes, folder: Path) -> Lease:
-    """The lease of this rank's folder, on the rank that commits; on the others it holds
-    nothing.
+    """The lease of this rank's folder,
+    on the rank that commits; on the others it holds nothing.
 
     Every rank calls it. ``CheckpointError`` on every rank if another job saves there.
     """

@@ -1,5 +1,5 @@
-"""The steps after a commit: ``latest`` and ``best`` move, then retention deletes. Never
-before."""
+"""The steps after a commit: ``latest`` and ``best`` move,
+then retention deletes. Never before."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def prune_behind(pool: Executor | None, *pruning: Any) -> None:
 
 
 def _is_taken_over(folder: Path) -> bool:
-    """Whether another job saves there by now; then its pointers and checkpoints are its
-    own."""
+    """Whether another job saves there by now;
+    then its pointers and checkpoints are its own."""
     reason = lease.loss(folder)
     if reason is not None:
         log.warning("%s: no pointer moves and nothing is deleted: %s", folder, reason)

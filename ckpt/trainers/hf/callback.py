@@ -1,5 +1,5 @@
-"""Commits for any Trainer: it writes in place, as ever, and the manifest alone is the
-commit.
+"""Commits for any Trainer: it writes in place,
+as ever, and the manifest alone is the commit.
 
     out/checkpoint-500/     the Trainer's files; not committed while there is no manifest
     out/latest, out/best    moved when it is there
@@ -53,8 +53,8 @@ log = logging.getLogger("ckpt")
 
 
 class CheckpointCallback(TrainerCallback):
-    """Commits what a Trainer saves, when all ranks have written it; then pointers, then
-    pruning.
+    """Commits what a Trainer saves,
+    when all ranks have written it; then pointers, then pruning.
 
     - ``retention``: what to keep. Without, ``save_total_limit`` is what to keep; the
       Trainer's own rotation, which deletes before anything is verified, is switched off
@@ -164,8 +164,8 @@ class CheckpointCallback(TrainerCallback):
         run_folder.preflight(ranks, contents)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        """Takes the manifest away from what is about to be written over, and stops when
-        asked."""
+        """Takes the manifest away from what is about to be written over,
+        and stops when asked."""
         if self.run_folder is not None:
             self.stop.decide(args, state, control)
             if control.should_save:
@@ -219,8 +219,8 @@ class CheckpointCallback(TrainerCallback):
         self.run_folder = None
 
     def _before_save(self, args: Any, state: Any, control: Any, objects: Any) -> None:
-        """Looks for room, then takes the manifest from what the Trainer is about to
-        write over."""
+        """Looks for room,
+        then takes the manifest from what the Trainer is about to write over."""
         try:
             self._require_room(args, state, objects)
         except CheckpointError as error:
@@ -247,8 +247,8 @@ class CheckpointCallback(TrainerCallback):
         self.run_folder.require_room(ranks, folder, measure, self.weight_bytes)
 
     def _uncommit(self, args: Any, state: Any) -> None:
-        """Before the Trainer writes: this job still saves here, and nothing committed is
-        there."""
+        """Before the Trainer writes: this job still saves here,
+        and nothing committed is there."""
         if self.run_folder is None:
             return
 
@@ -288,8 +288,8 @@ class CheckpointCallback(TrainerCallback):
 
 
 def require_alone(callbacks: list[Any]) -> None:
-    """``CheckpointError`` if one of a Trainer's callbacks commits, and its class does,
-    too."""
+    """``CheckpointError`` if one of a Trainer's callbacks commits,
+    and its class does, too."""
     if any(isinstance(callback, CheckpointCallback) for callback in callbacks):
         raise CheckpointError(
             "CommittedCheckpoints and CheckpointCallback both commit; use one of them",

@@ -82,8 +82,8 @@ class TrainerResume:
             self.comparison.say()
 
     def finish(self) -> None:
-        """Applies overridden options when all is loaded, the scheduler too, and logs the
-        table."""
+        """Applies overridden options when all is loaded, the scheduler too,
+        and logs the table."""
         if self.callback is not None and not is_run(self.path):
             self.callback.loaded_folder = self.path
         comparison = self.comparison

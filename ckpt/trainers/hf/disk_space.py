@@ -26,8 +26,8 @@ TORCH_ALIGNMENT = 64  # bytes, of values in a file of torch.save
 
 
 def model_bytes(module: Any, is_gathered: bool) -> int:
-    """Bytes of the model file, or adapter, that the Trainer writes where it can gather
-    one."""
+    """Bytes of the model file, or adapter,
+    that the Trainer writes where it can gather one."""
     peft = hasattr(module, "peft_config")
     if not is_gathered and not peft:
         return 0
@@ -54,8 +54,8 @@ def contents(
     retention: Retention | None = None,
     line: Line | None = None,
 ) -> SaveContents:
-    """The contents of a Trainer's save; of PEFT's models DeepSpeed leaves out what is
-    frozen."""
+    """The contents of a Trainer's save;
+    of PEFT's models DeepSpeed leaves out what is frozen."""
     return SaveContents(
         engines=[engine],
         weight_bytes=weight_bytes,

@@ -1,5 +1,5 @@
-"""A Trainer that is made already, by trl or another library, made to commit its
-checkpoints.
+"""A Trainer that is made already,
+by trl or another library, made to commit its checkpoints.
 
     trainer = ckpt.trainers.hf.commit(SFTTrainer(...), retention=ckpt.Retention(last=3))
 
@@ -29,8 +29,8 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
 class CommitOptions(TypedDict, total=False):
-    """The options of ``commit``: the attributes of ``CommittedCheckpoints`` and what it
-    is of."""
+    """The options of ``commit``:
+    the attributes of ``CommittedCheckpoints`` and what it is of."""
 
     retention: Retention | None
     weights: str | None
@@ -47,8 +47,8 @@ class CommitOptions(TypedDict, total=False):
 
 
 def commit(trainer: AnyTrainer, **options: Unpack[CommitOptions]) -> AnyTrainer:
-    """Has a Trainer that is made already save as ``CommittedCheckpoints`` does; returns
-    it.
+    """Has a Trainer that is made already save
+    as ``CommittedCheckpoints`` does; returns it.
 
     For Trainers that other libraries make, such as trl's: its class becomes one of the
     same name with ``CommittedCheckpoints`` before its own methods. Call it before

@@ -65,8 +65,8 @@ _watches = _Watches()
 
 
 def _load(engine: EngineView, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
-    """``deepspeed_load_checkpoint`` of a checkpoint that loads here; else
-    ``CheckpointError``."""
+    """``deepspeed_load_checkpoint`` of a checkpoint
+    that loads here; else ``CheckpointError``."""
     watch = _watches[-1]() if _watches else None
     # seen to already
     is_mapped = mapped_loading.is_mapped(engine)

@@ -1,5 +1,5 @@
-"""How the Hugging Face Trainer goes on: from what fits, mapped instead of read, and
-compared first.
+"""How the Hugging Face Trainer goes on:
+from what fits, mapped instead of read, and compared first.
 
 Source: transformers 5.23 ``trainer.py``: ``train`` is given the checkpoint,
 ``_prepare_for_training`` makes the engine and calls ``deepspeed_load_checkpoint``,
@@ -41,8 +41,8 @@ BY_ATTRIBUTE = 'or set reshard = "auto" in the class of the Trainer'
 
 
 class MappedCheckpoints(Trainer):
-    """A Trainer whose resume takes no memory but for what stays, and says what differs
-    first.
+    """A Trainer whose resume takes no memory but for what stays,
+    and says what differs first.
 
     Attributes of the class; those of a ``ResumeCallback`` go before, where there is one:
 
@@ -77,8 +77,8 @@ class MappedCheckpoints(Trainer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Trains as the Trainer does; what it reads of a checkpoint is from the one that
-        fits."""
+        """Trains as the Trainer does;
+        what it reads of a checkpoint is from the one that fits."""
         # not the highest number, but what ckpt.find takes
         if resume_from_checkpoint is True:
             newest = self._newest(Path(str(self.args.output_dir)))
@@ -130,8 +130,8 @@ class MappedCheckpoints(Trainer):
         return self.committed_only or asked_by_callback
 
     def _loadable(self, checkpoint: str | os.PathLike[str]) -> str:
-        """The checkpoint or, if that does not fit, what it is resharded to; every rank
-        calls it."""
+        """The checkpoint or,
+        if that does not fit, what it is resharded to; every rank calls it."""
         ranks = RankGroup("train", self.timeout)
         if not self.is_deepspeed_enabled:
             with ranks.step():
@@ -228,8 +228,8 @@ class MappedCheckpoints(Trainer):
 
     @contextmanager
     def _comparing(self, resumed: TrainerResume) -> Iterator[None]:
-        """In this block an engine that is prepared compares before it loads, and maps
-        files."""
+        """In this block an engine that is prepared compares before it loads,
+        and maps files."""
         prepare = self.accelerator.prepare
         with ExitStack() as mappings:
 

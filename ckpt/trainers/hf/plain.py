@@ -47,8 +47,8 @@ def writes_model(engine: PlainEngine) -> bool:
 
 
 def write_companions(engine: PlainEngine, processing: Any, folder: Path) -> None:
-    """The configuration and the tokenizer, where FSDP saves parts and the Trainer
-    neither.
+    """The configuration and the tokenizer,
+    where FSDP saves parts and the Trainer neither.
 
     So what is converted from the checkpoint is a model that loads.
     """

@@ -78,8 +78,8 @@ class PlainResume:
                 self._tell(remark, results.heard)
 
     def _tell(self, remark: str | None, have_random_states: list[Any]) -> None:
-        """Says what differs; ``CheckpointError`` where random states of a rank are
-        missing."""
+        """Says what differs;
+        ``CheckpointError`` where random states of a rank are missing."""
         if remark is not None:
             log.warning("%s: %s", self.path, remark)
         if self.comparison is not None:
@@ -97,8 +97,8 @@ class PlainResume:
         log.warning("%s: random states are not as they were saved", finding)
 
     def finish(self, step: int) -> None:
-        """Applies overridden options when all is loaded, and logs the table; every rank
-        calls it.
+        """Applies overridden options when all is loaded,
+        and logs the table; every rank calls it.
 
         ``step``: where the training stands, 0 if it does not say so yet.
         """

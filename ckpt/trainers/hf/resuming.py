@@ -1,5 +1,5 @@
-"""A Hugging Face training that goes on: from the newest whole checkpoint, and as the
-same run.
+"""A Hugging Face training that goes on:
+from the newest whole checkpoint, and as the same run.
 
     trainer = Trainer(..., callbacks=[ckpt.trainers.hf.ResumeCallback()])
     trainer.train(resume_from_checkpoint=ckpt.find("out"))
@@ -42,8 +42,8 @@ from converters.errors import CheckpointError
 
 
 class ResumeCallback(TrainerCallback):
-    """Stops a training that goes on differently than it was saved, before its first
-    step.
+    """Stops a training that goes on differently than it was saved,
+    before its first step.
 
     - ``checkpoint``: what is resumed from; without, that of the step in ``output_dir``
     - ``verify``: "structure" looks at sizes and headers, "data" reads every byte
@@ -131,8 +131,8 @@ class ResumeCallback(TrainerCallback):
         committed(ranks, original)  # a training that does not go on leaves nothing behind
 
     def _compare_plain(self, folder: Path, args: Any, state: Any, objects: Any) -> None:
-        """Compares a training without DeepSpeed, unless the Trainer has done so when it
-        loaded."""
+        """Compares a training without DeepSpeed,
+        unless the Trainer has done so when it loaded."""
         has_compared, self.has_compared = self.has_compared, False
         if has_compared:
             return
@@ -152,8 +152,8 @@ class ResumeCallback(TrainerCallback):
         resume.finish(int(state.global_step))
 
     def _request(self, ranks: RankGroup, path: Path, step: int) -> ResumeRequest:
-        """What to look for in ``path``: what the user named, or else the checkpoint of
-        ``step``."""
+        """What to look for in ``path``: what the user named,
+        or else the checkpoint of ``step``."""
         return ResumeRequest(
             ranks=ranks,
             path=path,
@@ -168,8 +168,8 @@ class ResumeCallback(TrainerCallback):
     def _comparison_with(
         self, source: ResumePoint, engine: CallbackEngine, args: Any, objects: Any
     ) -> Comparison:
-        """The comparison that a Trainer has made already, or one made now that all is
-        loaded."""
+        """The comparison that a Trainer has made already,
+        or one made now that all is loaded."""
         if self.comparison is not None:
             return self.comparison
 
@@ -186,8 +186,8 @@ class ResumeCallback(TrainerCallback):
 
 
 def options_of(args: Any, optimizer: Any) -> Sequence[Mapping[str, Any]]:
-    """The options of each param group as the script gave them, when others are loaded
-    already.
+    """The options of each param group as the script gave them,
+    when others are loaded already.
 
     The optimizer knows what it was made with. Only weight decay is given by groups: the
     Trainer makes one of all weights, and one of norms and biases without decay
@@ -215,8 +215,8 @@ def options_of(args: Any, optimizer: Any) -> Sequence[Mapping[str, Any]]:
 
 
 def _select_checkpoint(request: ResumeRequest) -> RunCheckpoint | None:
-    """The checkpoint that is meant; every rank calls it. ``None`` where the run has none
-    yet."""
+    """The checkpoint that is meant; every rank calls it.
+    ``None`` where the run has none yet."""
     options = (request.verify, request.load_foreign, configured.fits(request.ranks))
     return select.select_checkpoint(
         request.ranks,
@@ -228,8 +228,8 @@ def _select_checkpoint(request: ResumeRequest) -> RunCheckpoint | None:
 
 
 def _original(checkpoint: RunCheckpoint) -> RunCheckpoint:
-    """What the checkpoint was made of, if that lies beside it; else the checkpoint
-    itself.
+    """What the checkpoint was made of,
+    if that lies beside it; else the checkpoint itself.
 
     That is what gets a manifest, as what was made of it stays and goes with it.
     """
@@ -245,8 +245,8 @@ def _engine(model: Any, optimizer: Any, rank: int, step: int) -> CallbackEngine:
 
 
 def _uncompared_names(source: ResumePoint) -> list[str]:
-    """What is not compared: a callback sees the step alone, which stands for the
-    counters.
+    """What is not compared: a callback sees the step alone,
+    which stands for the counters.
 
     Nor is the loss scale where the training has another precision than ``source``.
     """
@@ -259,8 +259,8 @@ def _uncompared_names(source: ResumePoint) -> list[str]:
 
 
 def _checkpoint_loaded(checkpoint: RunCheckpoint, layout: Layout) -> RunCheckpoint:
-    """What the Trainer went on from: ``checkpoint``, or its resharding if that loads
-    here."""
+    """What the Trainer went on from: ``checkpoint``,
+    or its resharding if that loads here."""
     manifest = checkpoint.manifest
     if manifest is None or layout.topology.fits(manifest):
         return checkpoint

@@ -1,5 +1,5 @@
-"""A Trainer that was asked to stop: a last save, at the same step everywhere, and exit
-code 75."""
+"""A Trainer that was asked to stop: a last save,
+at the same step everywhere, and exit code 75."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Stop:
         self.save_seconds: float | None = None
 
     def decide(self, args: Any, state: Any, control: Any) -> None:
-        """Asks for a last save if this step is the last; ends the process if time is too
-        short.
+        """Asks for a last save if this step is the last;
+        ends the process if time is too short.
 
         A training that ends with this step anyway is left to end as it would.
         """

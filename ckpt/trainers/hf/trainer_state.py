@@ -96,8 +96,8 @@ def publish_beside(
 
 
 def sync_files(folder: Path) -> None:
-    """Puts on disk what this node has written into the folder; it may have done so
-    unsynced.
+    """Puts on disk what this node has written into the folder;
+    it may have done so unsynced.
 
     A file that gets another name meanwhile is synced by the rank that names it.
     """
@@ -124,8 +124,8 @@ def name_best(state: Any, args: Any, folder: Path, final: str) -> None:
 
 
 def write_random_states(inner_folder: Path, rank: int, args: Any) -> dict[str, FileRecord]:
-    """This rank's random states: the Trainer's, on disk now, and ours, which are not a
-    pickle."""
+    """This rank's random states: the Trainer's,
+    on disk now, and ours, which are not a pickle."""
     if args.save_only_model:
         return {}
 
@@ -150,8 +150,8 @@ def lift(inner_folder: Path) -> None:
 
 
 def leaves_out_weights(engine: EngineView) -> bool:
-    """Whether the Trainer writes no 16-bit model, but the engine's files, and those
-    twice."""
+    """Whether the Trainer writes no 16-bit model,
+    but the engine's files, and those twice."""
     # none before the training begins
     if not has_stage(engine) or engine.zero_optimization_stage() != 3:
         return False
@@ -202,8 +202,8 @@ def loop_of(args: Any, scheduler: Any, data: Any) -> Loop:
 
 @dataclass(frozen=True, slots=True)
 class CallbackEngine:
-    """The part of DeepSpeed's engine that a callback is shown: the model and the ZeRO
-    optimizer.
+    """The part of DeepSpeed's engine that a callback is shown:
+    the model and the ZeRO optimizer.
 
     All else has the names that it has there, for ``check`` and ``progress``.
     """

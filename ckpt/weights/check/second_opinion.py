@@ -22,8 +22,8 @@ Judge = Callable[[Check], LoadVerdict]
 
 
 def judged(judge: Judge, audience: Audience) -> LoadVerdict:
-    """The verdict by the table; by the installed transformers where the table has
-    doubts.
+    """The verdict by the table;
+    by the installed transformers where the table has doubts.
 
     ``judge`` gives the verdict of one of both. ``CheckpointError`` (kind "unloadable")
     where the output would not load by both, or by the table where transformers does not

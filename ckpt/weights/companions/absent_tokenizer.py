@@ -27,8 +27,8 @@ def notes(surroundings: Surroundings) -> tuple[str, ...]:
 
 
 def _is_of_text(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration counts the words of a vocabulary, as those of vision do
-    not."""
+    """Whether a configuration counts the words of a vocabulary,
+    as those of vision do not."""
     sections = (config, *(config.get(name) for name in _SECTIONS))
     return any(
         isinstance(section, Mapping) and isinstance(section.get("vocab_size"), int)

@@ -52,8 +52,8 @@ _STATES = ("*_states.pt", "zero/*.pt")  # in the folder of a tag
 
 
 def require_replaceable_files(output: Path, written_names: Collection[str]) -> None:
-    """``CheckpointError`` where a folder holds files that an output would not bring
-    back.
+    """``CheckpointError`` where a folder holds files
+    that an output would not bring back.
 
     ``written_names`` are the files of the output, relative to it. The message lists what
     would be gone.
@@ -93,8 +93,8 @@ def _unknown(output: Path, written_names: Collection[str]) -> Iterator[str]:
 
 
 def _fits(name: str, patterns: Collection[str]) -> bool:
-    """Whether a name fits; a pattern without a slash is of a file directly in the
-    folder."""
+    """Whether a name fits;
+    a pattern without a slash is of a file directly in the folder."""
     return any(
         fnmatchcase(name, pattern) and (pattern.count("/") or "/" not in name)
         for pattern in patterns
@@ -110,8 +110,8 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _recorded(output: Path) -> set[str]:
-    """What the records of ckpt list: the files of weights, or those of a rewritten
-    checkpoint."""
+    """What the records of ckpt list: the files of weights,
+    or those of a rewritten checkpoint."""
     manifest = open_checkpoint(output).manifest
     if manifest is not None:
         return set(manifest.files)
@@ -142,8 +142,8 @@ def _is_rewritten(output: Path) -> bool:
 
 
 def _only_tag(names: Collection[str]) -> str | None:
-    """The folder of states; ``None`` where there are several: a training saved into it
-    since."""
+    """The folder of states; ``None`` where there are several:
+    a training saved into it since."""
     tag_names = {
         folder
         for folder, _, inner_name in (name.partition("/") for name in names)

@@ -99,8 +99,8 @@ def plan_stored(
     max_shard_size: int | str = 5_000_000_000,
     request: Request | None = None,
 ) -> Conversion:
-    """Plans safetensors of a folder of weights alone, such as one with
-    pytorch_model.bin.
+    """Plans safetensors of a folder of weights alone,
+    such as one with pytorch_model.bin.
 
     Arguments and errors are those of ``plan``, which takes the states of a training.
     """
@@ -197,8 +197,8 @@ def _notes(source: Source, product: Product, verdict: LoadVerdict) -> Iterator[s
 
 
 def _beside(path: Path, source: Source) -> Path:
-    """What the output lies beside by default: of a tag's folder the checkpoint around
-    it."""
+    """What the output lies beside by default:
+    of a tag's folder the checkpoint around it."""
     root = source.place.root
     is_tag_itself = not is_url(path) and path.resolve() == source.place.folder.resolve()
     return root if is_tag_itself and is_numbered(root) else path
@@ -263,8 +263,8 @@ def execute(
 
 
 def require_output(conversion: Conversion, overwrite: bool = False) -> None:
-    """``CheckpointError`` where ``execute`` would refuse to make the output; makes
-    nothing."""
+    """``CheckpointError`` where ``execute`` would refuse
+    to make the output; makes nothing."""
     workplace = output_place.workplace(conversion, overwrite)
     _require_readable(conversion.companions)
     staging.require_makeable(workplace, conversion.nbytes)
@@ -321,8 +321,8 @@ def _complete(
 
 
 def run(conversion: Conversion, **options: Any) -> dict[str, Any]:
-    """``execute`` under its first name, whose result is the dictionary of
-    conversion.json."""
+    """``execute`` under its first name,
+    whose result is the dictionary of conversion.json."""
     return execute(conversion, **options).as_json()
 
 

@@ -79,8 +79,8 @@ def _source_files(
 
 
 def _name_from(root: Path, path: Path) -> str:
-    """The name of a file as seen from the checkpoint; from a URL that of a local file is
-    whole."""
+    """The name of a file as seen from the checkpoint;
+    from a URL that of a local file is whole."""
     # a link has its own name here, not that of the file that it leads to
     full_path = path.parent.resolve() / path.name
     return str(full_path) if is_url(path) != is_url(root) else os.path.relpath(full_path, root)

@@ -59,8 +59,8 @@ class Fp32Slimming:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that ``execute`` writes and then reads once more for their digests, for
-        a bar."""
+        """Bytes that ``execute`` writes and then reads once more for their digests,
+        for a bar."""
         return 0 if self.conversion is None else self.conversion.plan.nbytes + _digested(self.files)
 
 
@@ -163,8 +163,8 @@ def execute(planned: Fp32Slimming, progress: Callable[[int], None] = lambda _: N
 
 
 def _staging_folder(checkpoint: RunCheckpoint) -> Path:
-    """A hidden folder on the disk of the checkpoint, which ``ckpt doctor`` knows as a
-    leftover."""
+    """A hidden folder on the disk of the checkpoint,
+    which ``ckpt doctor`` knows as a leftover."""
     folder = checkpoint.folder.resolve()
     return folder.with_name(f".{folder.name}.fp32")
 
@@ -193,8 +193,8 @@ def _without_weights(manifest: Manifest, conversion: Conversion) -> Manifest:
 
 
 def _move(staging_folder: Path, folder: Path, conversion: Conversion, slimming: Slimming) -> None:
-    """Brings the new files to their places; the old weights, which nothing lists, go
-    first."""
+    """Brings the new files to their places; the old weights,
+    which nothing lists, go first."""
     for name in slimming.removed:
         if is_weights(name):
             (folder / name).unlink(missing_ok=True)

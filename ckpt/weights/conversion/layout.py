@@ -46,8 +46,8 @@ def in_layout(output: Product, audience: Audience, request: Request) -> Product:
 
 
 def _prefix_notes(weights: Weights, architecture: str) -> list[str]:
-    """What may be other than in the file of a training that began with
-    ``from_pretrained``."""
+    """What may be other than in the file of a training
+    that began with ``from_pretrained``."""
     from ckpt.weights.reader import renames
 
     return [
@@ -58,8 +58,8 @@ def _prefix_notes(weights: Weights, architecture: str) -> list[str]:
 
 
 def attached(weights: Weights, audience: Audience) -> tuple[Weights, str | None]:
-    """The weights with copies gathered beside the checkpoint, and the name of their
-    file.
+    """The weights with copies gathered beside the checkpoint,
+    and the name of their file.
 
     The weights have the running model's layout, the file this one or that of the Hub.
     """

@@ -20,8 +20,8 @@ class RecordedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadFile(RecordedFile):
-    """A file that was read, with the digest of its zip directory, which binds all its
-    bytes.
+    """A file that was read, with the digest of its zip directory,
+    which binds all its bytes.
 
     Where that has no CRC32s, ``crc32s_sha256`` is the digest of those of what was read.
     """
@@ -46,8 +46,8 @@ class RecordedSource:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ConversionRecord(Mapping[str, Any]):
-    """A conversion, by attributes, or by the keys of ``conversion.json`` as JSON has
-    them.
+    """A conversion, by attributes,
+    or by the keys of ``conversion.json`` as JSON has them.
 
     ``record.checks.verified`` is ``record["checks"]["verified"]``. ``total_size`` is
     bytes of all tensors. ``absent`` says why a name has no value, ``renamed`` has new

@@ -82,8 +82,8 @@ def _computed(checkpoint: Path, tag: str | None, request: Request, is_parallel: 
 
 
 def _without_vocabulary_padding(source: Source, request: Request) -> Source:
-    """The same without the rows that pad a vocabulary, where config.json counts none of
-    them."""
+    """The same without the rows that pad a vocabulary,
+    where config.json counts none of them."""
     if source.kind not in PARALLEL:
         return source
 
@@ -168,8 +168,8 @@ def _has_16bit(checkpoint: Path, tag: str | None) -> bool:
 
 
 def remedy(source: Source, proof: str | None, skips: bool = True) -> str:
-    """Why the weights may be unlike their copies in ``proof``, and what the user can do
-    then.
+    """Why the weights may be unlike their copies in ``proof``,
+    and what the user can do then.
 
     ``skips`` says whether the command has ``--no-verify``.
     """

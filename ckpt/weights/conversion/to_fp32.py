@@ -44,8 +44,8 @@ _ARGUMENTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ConvertedModel:
-    """A model folder that was written, or a file for Lightning; it can be used as a
-    path.
+    """A model folder that was written,
+    or a file for Lightning; it can be used as a path.
 
     ``path`` is where it lies, ``record`` what conversion.json says of it. ``remark``
     says which checkpoint of a run was taken.
@@ -126,8 +126,8 @@ def to_fp32(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ConvertedModel:
-    """Converts a checkpoint to a model folder that ``from_pretrained`` loads, and prints
-    nothing.
+    """Converts a checkpoint to a model folder that ``from_pretrained`` loads,
+    and prints nothing.
 
     Everything is as in ``ckpt to-fp32``, whose options the arguments are. ``dtype`` is
     "fp32", "bf16", "fp16" or "keep", torch's type or torch's name of it ("bfloat16").

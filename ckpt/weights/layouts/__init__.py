@@ -1,5 +1,5 @@
-"""The layout that ``save_pretrained`` gives to weights, where a model runs with another
-one.
+"""The layout that ``save_pretrained`` gives to weights,
+where a model runs with another one.
 
 hub_layout  weights in the layout of the Hub
 evidence    whether names are those of a running model or of a file

@@ -31,8 +31,8 @@ class NameOrigin(Enum):
 def origin_of(
     names: Collection[str], config: Mapping[str, Any], architecture: str, rules: Sequence[Rule]
 ) -> NameOrigin:
-    """A description of the names of a class whose running models have others than its
-    files."""
+    """A description of the names
+    of a class whose running models have others than its files."""
     fits = _fits(names, config, architecture)
     if fits is None:
         return NameOrigin.UNKNOWN

@@ -1,5 +1,5 @@
-"""Weights under the names of the model in transformers, where another framework gave
-them others.
+"""Weights under the names of the model in transformers,
+where another framework gave them others.
 
     pipeline    3.attention.query_key_value.weight       the number of a layer, functions counted
     Megatron    language_model.encoder.layers.1.self_attention.query_key_value.weight
@@ -51,8 +51,8 @@ class _Group:
 
 
 def of(weights: Weights, config: Config | None) -> HubLayout:
-    """The weights under the model's names; as they are, without a rule, where nothing is
-    to do.
+    """The weights under the model's names;
+    as they are, without a rule, where nothing is to do.
 
     ``CheckpointError`` where the names are another framework's, and no table has all of
     them.
@@ -84,8 +84,8 @@ def of(weights: Weights, config: Config | None) -> HubLayout:
 
 
 def framework_of(names: Collection[str], config: Config | None) -> str | None:
-    """The framework that names which the model does not have are of; ``None`` if none is
-    known."""
+    """The framework that names which the model does not have are of;
+    ``None`` if none is known."""
     candidates = _candidates(names, config)
     fitting_tables = [each[0] for each in candidates if not _unknown(names, *each)]
     return fitting_tables[0].framework if fitting_tables else None
@@ -218,8 +218,8 @@ def _arranged(group: _Group, weights: Weights, config: Config) -> list[Arranged]
 def _operated(
     operation: Operation, tensors: Sequence[TensorRef], config: Config, name: str
 ) -> list[TensorRef]:
-    """What an operation makes of tensors; ``NotArrangedError`` where their shapes do not
-    fit."""
+    """What an operation makes of tensors;
+    ``NotArrangedError`` where their shapes do not fit."""
     try:
         return operation(tensors, config)
     except (ValueError, IndexError) as error:
@@ -247,8 +247,8 @@ def _halve_rows(tensors: Sequence[TensorRef], _: Config) -> list[TensorRef]:
 
 
 def _split_groups(tensors: Sequence[TensorRef], config: Config) -> list[TensorRef]:
-    """Queries, keys and values: each group of heads has its queries, one key and one
-    value."""
+    """Queries, keys and values:
+    each group of heads has its queries, one key and one value."""
     (tensor,) = tensors
     heads = _number(config, "num_attention_heads")
     groups = _number(config, "num_key_value_heads", heads)

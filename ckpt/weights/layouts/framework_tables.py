@@ -118,8 +118,8 @@ def _templates(table: NameTable) -> list[str]:
 def _match(
     rule: NameRule, name: str, blocks: Collection[int], behind: list[int]
 ) -> TemplateMatch | None:
-    """How a name fits a rule; ``None`` if it does not, or its number is of another
-    place."""
+    """How a name fits a rule; ``None`` if it does not,
+    or its number is of another place."""
     for template in rule.sources:
         match = _pattern(template).fullmatch(name)
         if match is None:

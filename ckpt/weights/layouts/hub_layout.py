@@ -1,5 +1,5 @@
-"""Weights in the layout of the Hub: the names and shapes that ``save_pretrained``
-writes.
+"""Weights in the layout of the Hub:
+the names and shapes that ``save_pretrained`` writes.
 
     memory   model.layers.0.mlp.experts.gate_up_proj           8 x 28672 x 4096
     Hub      model.layers.0.block_sparse_moe.experts.0.w1.weight      14336 x 4096
@@ -41,8 +41,8 @@ class HubLayout:
 
 
 def of(weights: Weights, config: Mapping[str, Any], architecture: str | None) -> HubLayout:
-    """The weights in the layout of the Hub, for a class of transformers in a
-    configuration."""
+    """The weights in the layout of the Hub,
+    for a class of transformers in a configuration."""
     if architecture is None:
         return HubLayout(weights, obstacle="config.json names no class of transformers")
 
@@ -129,8 +129,8 @@ def changed(weights: Weights, changes: Reverted) -> HubLayout:
 
 
 def _order(weights: Weights, changes: Reverted, by_source: Mapping[str, Arranged]) -> Iterator[str]:
-    """The new names where the old ones were; those of a group where its first tensor
-    was."""
+    """The new names where the old ones were;
+    those of a group where its first tensor was."""
     by_sources: dict[tuple[str, ...], list[str]] = {}
     for each in changes.arranged:
         by_sources.setdefault(each.sources, []).append(each.name)

@@ -95,8 +95,8 @@ def _split_list(tensors: Tensors, setting: Setting, dim: int) -> Tensors:
 
 
 def _chunk(tensors: Tensors, setting: Setting, dim: int, field: list[Any] | None = None) -> Tensors:
-    """A tensor in parts of equal size along a dimension, of which the last may be
-    smaller."""
+    """A tensor in parts of equal size along a dimension,
+    of which the last may be smaller."""
     tensor = _only(tensors)
     targets = list(setting.targets)
     if field is not None:
@@ -134,8 +134,8 @@ def _interleave(tensors: Tensors, setting: Setting, dim: int, inverse: bool) -> 
 def _transpose(
     tensors: Tensors, setting: Setting, first: int, second: int, is_checked: bool
 ) -> Tensors:
-    """Two dimensions exchanged; with ``is_checked`` only where the model has another
-    shape.
+    """Two dimensions exchanged;
+    with ``is_checked`` only where the model has another shape.
 
     What is saved has the model's shape, so the latter never changes anything.
     """
@@ -170,8 +170,8 @@ def _permute_for_rope(
 def _split_text_and_vision(
     tensors: Tensors, setting: Setting, stack_dim: int, concat_dim: int
 ) -> Tensors:
-    """The experts of a text and of a vision model, cut and put into one list (Ernie 4.5
-    VL)."""
+    """The experts of a text and of a vision model,
+    cut and put into one list (Ernie 4.5 VL)."""
     members: dict[str, list[TensorRef]] = {target: [] for target in setting.targets}
     for tensor in _all(tensors, setting):
         step = -(-tensor.shape[concat_dim] // len(setting.targets))

@@ -29,8 +29,8 @@ class Scope(NamedTuple):
     base: str
 
     def of(self, name: str) -> str | None:
-        """The prefix of a name that the rule leaves alone; ``None`` where it is not for
-        it."""
+        """The prefix of a name that the rule leaves alone;
+        ``None`` where it is not for it."""
         if self.prefix is None:
             return ""
 
@@ -52,8 +52,8 @@ class NameMatch:
 
 
 class Rule(NamedTuple):
-    """A rule of renaming: what ``pattern`` finds in a name becomes the first of
-    ``targets``.
+    """A rule of renaming:
+    what ``pattern`` finds in a name becomes the first of ``targets``.
 
     ``sources`` are the alternatives of the pattern, by the number in their group's name.
     ``details`` are the operations of a rule that changes tensors (``CONVERT``), or what

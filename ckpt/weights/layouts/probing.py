@@ -1,5 +1,5 @@
-"""Copies of weights that lie in the layout of the Hub, put together as the running model
-has them.
+"""Copies of weights that lie in the layout of the Hub,
+put together as the running model has them.
 
 The layout is asked for tensors that lie in imagined files, one each. What it makes of
 them says by file and offset which elements of which tensor are where.
@@ -31,8 +31,8 @@ def in_memory(
     config: Mapping[str, Any],
     architecture: str | None,
 ) -> dict[str, TensorRef]:
-    """The copies by the names in ``weights`` and in their shapes, of tensors that are
-    whole.
+    """The copies by the names in ``weights`` and in their shapes,
+    of tensors that are whole.
 
     ``copies`` have the names and shapes of the Hub. Tensors whose rows the Hub has in
     another order are left out.

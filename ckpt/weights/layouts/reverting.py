@@ -34,8 +34,8 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Arranged:
-    """A tensor under its name on the Hub, the names it is made of, and a copy to compare
-    with."""
+    """A tensor under its name on the Hub, the names it is made of,
+    and a copy to compare with."""
 
     name: str
     tensor: TensorRef
@@ -110,8 +110,8 @@ def _grouped(names: list[str], rules: Sequence[Rule]) -> tuple[list[Group], list
 
 
 def _arranged(group: Group, weights: Weights, config: Mapping[str, Any]) -> list[Arranged]:
-    """The tensors that the rule of a group makes, under names that are still to be
-    changed."""
+    """The tensors that the rule of a group makes,
+    under names that are still to be changed."""
     names = tuple(group.members.values())
     for name in names:
         if name in weights.aliases:

@@ -1,5 +1,5 @@
-"""The rules by which ``save_pretrained`` changes names and tensors, from a table that is
-shipped.
+"""The rules by which ``save_pretrained`` changes names and tensors,
+from a table that is shipped.
 
 ``hub_layouts.jsonl`` is made by ``scripts/tables/make_hub_layouts.py`` out of an
 installed transformers, whose version it names. Rules are kept by the module inside of
@@ -31,8 +31,8 @@ def version() -> str:
 
 
 def rules_of(architecture: str, config: Mapping[str, Any]) -> tuple[Rule, ...] | None:
-    """The rules of a class in this configuration, in order; ``None`` where they are not
-    known.
+    """The rules of a class in this configuration,
+    in order; ``None`` where they are not known.
 
     That is so, too, where a part of a type with rules is at a place of which the table
     does not know which class is there, such as the backbone of a detector.

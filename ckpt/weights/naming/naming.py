@@ -231,8 +231,8 @@ def _known_form(
 
 
 def _without_prefix(model: NamedWeights, audience: Audience) -> NamedWeights:
-    """The names without a prefix that all have, if a reader knows none with it and all
-    without.
+    """The names without a prefix that all have,
+    if a reader knows none with it and all without.
 
     It may want a few more, which are not in the checkpoint.
     """

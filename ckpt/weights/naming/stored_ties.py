@@ -37,8 +37,8 @@ def recognized(weights: Weights, root: Path, config: Mapping[str, Any] | None) -
 
 
 def _owned_by_read(weights: Weights, reader: Reader, config: Mapping[str, Any]) -> Weights:
-    """The same with values owned by a name that the class needs, where a tied one has
-    them."""
+    """The same with values owned by a name that the class needs,
+    where a tied one has them."""
     names_by_owner: dict[str, list[str]] = {}
     for alias, owner in weights.aliases.items():
         names_by_owner.setdefault(owner, [owner]).append(alias)

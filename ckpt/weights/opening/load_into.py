@@ -1,5 +1,5 @@
-"""Weights of a checkpoint into a model, in place, and DeepSpeed out of it
-(``placeholders``)."""
+"""Weights of a checkpoint into a model, in place,
+and DeepSpeed out of it (``placeholders``)."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def _problems(
 
 
 def _stays(target: torch.Tensor) -> bool:
-    """Whether a tensor without a value may stay: it is neither trained nor a
-    placeholder."""
+    """Whether a tensor without a value may stay:
+    it is neither trained nor a placeholder."""
     trained = isinstance(target, nn.Parameter) and target.requires_grad
     return not trained and tuple(target.shape) == full_shape(target)
 

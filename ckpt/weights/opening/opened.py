@@ -140,8 +140,8 @@ def _place(path: Path, tag: str | None) -> Path:
 
 
 def _source(path: Path, tag: str | None) -> Source:
-    """The source, by the reader that fits: weights come before states nothing points
-    to."""
+    """The source, by the reader that fits:
+    weights come before states nothing points to."""
     pointers = (path / filenames.LATEST, path / filenames.LATEST_UNIVERSAL)
     has_choice = stores.is_folder(path) and tag is None and not any(map(stores.exists, pointers))
     weights = detect_weights(path) if has_choice else None

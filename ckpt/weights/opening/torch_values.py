@@ -1,5 +1,5 @@
-"""Inert records of tensors as tensors of torch: sparse, quantized, nested, lazily
-changed.
+"""Inert records of tensors as tensors of torch:
+sparse, quantized, nested, lazily changed.
 
 What a record says is checked before torch is given it, as torch itself checks little of
 it. Sources: ``torch/_utils.py`` of 2.13.
@@ -93,8 +93,8 @@ def _octets(ref: TensorRef) -> torch.Tensor:
 
 
 def _dtype(kind: str, name: str) -> torch.dtype:
-    """The type of torch with this name; ``CheckpointError`` where the installed one has
-    none."""
+    """The type of torch with this name;
+    ``CheckpointError`` where the installed one has none."""
     import torch
 
     dtype: torch.dtype | None = getattr(torch, kind, None)
@@ -104,8 +104,8 @@ def _dtype(kind: str, name: str) -> torch.dtype:
 
 
 def _quantized(value: Quantized, name: str) -> torch.Tensor:
-    """A quantized tensor (``_rebuild_qtensor``): one with these parameters gets the
-    bytes."""
+    """A quantized tensor (``_rebuild_qtensor``):
+    one with these parameters gets the bytes."""
     import torch
 
     assert value.raw is not None
@@ -186,8 +186,8 @@ def _compressed() -> Iterator[str]:
 
 
 def _nested(call: Call, name: str) -> torch.Tensor:
-    """A nested tensor: views of several shapes into one buffer
-    (``_rebuild_nested_tensor``)."""
+    """A nested tensor:
+    views of several shapes into one buffer (``_rebuild_nested_tensor``)."""
     import torch
 
     if len(call.args) == 4:
@@ -202,8 +202,8 @@ def _nested(call: Call, name: str) -> torch.Tensor:
 
 
 def _lie_in(buffer: torch.Tensor, sizes: Any, strides: Any, offsets: Any) -> bool:
-    """Whether the views of a nested tensor lie in its buffer, which torch does not
-    check."""
+    """Whether the views of a nested tensor lie in its buffer,
+    which torch does not check."""
     is_table = all(isinstance(table, list) for table in (sizes, strides, offsets))
     if buffer.dim() != 1 or not is_table or not len(sizes) == len(strides) == len(offsets):
         return False

@@ -83,8 +83,8 @@ class UnusualSlice:
 
 
 def tensors_of(source: Source) -> dict[str, Unusual]:
-    """The tensors, by name, that are absent only because no safetensors file could have
-    them."""
+    """The tensors, by name,
+    that are absent only because no safetensors file could have them."""
     module = source.entries.get("module") if source.topology else source.entries
     values = module if isinstance(module, Mapping) else {}
     candidates = ((name, _of(name, values.get(name))) for name in source.weights.absent)
@@ -142,8 +142,8 @@ def _array(value: Any) -> np.ndarray[Any, Any] | None:
 
 
 def _repeated(base: np.ndarray[Any, Any], value: Repeated) -> np.ndarray[Any, Any]:
-    """The view that repeats elements of ``base``; it takes no memory, and is not to be
-    written."""
+    """The view that repeats elements of ``base``; it takes no memory,
+    and is not to be written."""
     import numpy as np
 
     strides = tuple(step * base.itemsize for step in value.stride)

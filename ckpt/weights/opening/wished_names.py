@@ -94,8 +94,8 @@ def _of_reader(weights: Weights, source: Source, request: Request) -> NamedWeigh
 
 
 def _require_one_file(weights: Weights, source: Source, request: Request) -> None:
-    """``CheckpointError`` where the reader has several files, each with names of its
-    own."""
+    """``CheckpointError`` where the reader has several files,
+    each with names of its own."""
     from ckpt.weights.adapters import adapter_folder
     from ckpt.weights.companions import surroundings
     from ckpt.weights.companions.model_code import MODULES

@@ -15,8 +15,8 @@ from typing import Any, overload
 
 
 class Entries(Sequence[Any]):
-    """A list of JSON values, each a line of a file. Each is read and parsed once, when
-    used.
+    """A list of JSON values, each a line of a file.
+    Each is read and parsed once, when used.
 
     ``offsets`` are those of the lines, and of the end of the last one.
     """

@@ -43,8 +43,8 @@ class Fitting:
         object.__setattr__(self, "absences", absences)
 
     def fit(self, tree: int, names: Iterable[str]) -> Fit:
-        """How the names fit a tree, by its number; ``TooManyNames`` if it takes too
-        long."""
+        """How the names fit a tree,
+        by its number; ``TooManyNames`` if it takes too long."""
         all_names = list(names)
         fit = self._node(tree, nested(all_names), "")
         fit.tree, fit.read = tree, {name: name for name in all_names}

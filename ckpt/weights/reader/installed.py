@@ -133,8 +133,8 @@ def ask(config: Mapping[str, Any], cls: str | None = None) -> dict[str, Any]:
 
 
 def _run(config: str) -> subprocess.CompletedProcess[str]:
-    """The process that builds, at its end; ``NoAnswerError`` if it has none or no
-    beginning."""
+    """The process that builds,
+    at its end; ``NoAnswerError`` if it has none or no beginning."""
     try:
         return subprocess.run(
             [sys.executable, "-c", _CHILD, str(MAX_BUILD_BYTES), str(MAX_ANSWER_CHARACTERS)],
@@ -154,8 +154,8 @@ def _run(config: str) -> subprocess.CompletedProcess[str]:
 
 
 def _reason(exit_code: int, errors: str) -> str:
-    """Why the process has no answer: that memory is short, or the last line of what it
-    said.
+    """Why the process has no answer:
+    that memory is short, or the last line of what it said.
 
     Where memory is short, Python may be at a loss for its own error: an extension
     returns none ("SystemError: ... returned NULL without setting an exception"), a

@@ -47,8 +47,8 @@ class Length(NamedTuple):
         return bool(self.fields)
 
     def of(self, config: Mapping[str, Any], number: int | None) -> int | None:
-        """The length of the list, or of the one in member ``number``; ``None`` if
-        unbelievable."""
+        """The length of the list,
+        or of the one in member ``number``; ``None`` if unbelievable."""
         _, value = self._stated(config)
         if value is None:
             count = self.default

@@ -1,5 +1,5 @@
-"""The names that ``from_pretrained`` gives to tensors before it looks for them in the
-model.
+"""The names that ``from_pretrained`` gives
+to tensors before it looks for them in the model.
 
 transformers 5 reads files with names that no model of its own has, such as those that
 transformers 4 ran with. ``architecture_renames.jsonl`` has its rules for each class, in
@@ -83,8 +83,8 @@ def renamed(architecture: str, names: Iterable[str]) -> dict[str, str] | None:
 
 
 def removed_prefixes(architecture: str, names: Collection[str]) -> list[str]:
-    """The prefixes that the class's rules take off when they read a file, and no name
-    has.
+    """The prefixes that the class's rules take off when they read a file,
+    and no name has.
 
     Whether the file that a training began with had them, names in memory do not tell
     (transformers 5.23 core_model_loading.py: PrefixChange).

@@ -76,8 +76,8 @@ class Reader:
     parts: Mapping[str, str] = field(default_factory=dict)
 
     def fit(self, names: Iterable[str], config: Mapping[str, Any], bridged: bool = False) -> Fit:
-        """How names fit the class: by its names in memory, on the Hub, or as they are
-        renamed.
+        """How names fit the class: by its names in memory,
+        on the Hub, or as they are renamed.
 
         ``bridged`` reads names as ``from_pretrained`` does: it adds the base model's
         prefix, or takes it off, where that makes a name of the model
@@ -102,8 +102,8 @@ class Reader:
     def _fit_renamed(
         self, names: Sequence[str], config: Mapping[str, Any], bridged: bool
     ) -> Fit | None:
-        """The fit of names as ``from_pretrained`` renames them; ``None`` where it does
-        not."""
+        """The fit of names as ``from_pretrained`` renames them;
+        ``None`` where it does not."""
         sources = renames.renamed(self.name, names)
         if sources is None:
             return None
@@ -199,8 +199,8 @@ class Reader:
         return not {TIED, TIED_BY_CONFIG}.isdisjoint(self._kinds(name))
 
     def source(self, name: str, known_names: Collection[str]) -> str | None:
-        """The name among ``known_names`` that a tied vocabulary name has its values
-        from.
+        """The name among ``known_names``
+        that a tied vocabulary name has its values from.
 
         ``None`` where that is not clear.
         """
@@ -220,8 +220,8 @@ class Reader:
         return None
 
     def tied(self, known_names: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
-        """The vocabulary's names that are not known, by the known names they are tied
-        to."""
+        """The vocabulary's names that are not known,
+        by the known names they are tied to."""
         lacking = sorted(self.vocabulary - set(known_names))
         names = [n for n in lacking if kinds(nodes(), self.memory, n) and self.gives(n, config)]
         return {

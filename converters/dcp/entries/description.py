@@ -1,5 +1,5 @@
-"""The content of a ``.metadata``: tensors and the chunks of them, objects, and their
-keys."""
+"""The content of a ``.metadata``: tensors and the chunks of them, objects,
+and their keys."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def described(
 
 
 def require_one_save(joint: DescribedItems, ranks: Iterable[DescribedItems]) -> None:
-    """``CheckpointError`` unless the description of all ranks says what those of ranks
-    say.
+    """``CheckpointError`` unless the description
+    of all ranks says what those of ranks say.
 
     It may leave out replicas: of these it has those of one rank.
     """

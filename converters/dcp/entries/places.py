@@ -17,8 +17,8 @@ Places = dict[str, PlacesOfName]
 
 
 def located(folder: Path, storage_data: dict[Any, Any]) -> Places:
-    """Where each chunk and each object is stored; empties ``storage_data``, which is
-    large."""
+    """Where each chunk and each object is stored;
+    empties ``storage_data``, which is large."""
     places: Places = {}
     paths: dict[str, Path] = {}
     while storage_data:

@@ -1,5 +1,5 @@
-"""The records that ``.metadata`` has hundreds of thousands of, in as little memory as
-they take.
+"""The records that ``.metadata`` has hundreds of thousands of,
+in as little memory as they take.
 
     MetadataIndex(fqn, offset)                        ``IndexRecord``
     _StorageInfo(relative_path, offset, length)       ``PlaceRecord``
@@ -32,8 +32,8 @@ _MAX_SHARED = 1 << 32  # larger ints can be chosen so that shapes have one hash
 
 
 class IndexRecord(TypedRecord):
-    """The name of an item, and of a chunk of a tensor its offsets; of anything else
-    ``None``."""
+    """The name of an item, and of a chunk of a tensor its offsets;
+    of anything else ``None``."""
 
     __slots__ = ("name", "offsets")
 
@@ -164,8 +164,8 @@ def fields_of(value: Any, names: tuple[str, ...], label: str) -> Mapping[str, An
 
 
 def record_of(value: Any, of: type[_RecordType], name: str, label: str) -> _RecordType:
-    """A record of a class, made where another module of torch's than today's has the
-    class."""
+    """A record of a class,
+    made where another module of torch's than today's has the class."""
     if isinstance(value, of):
         return value
     record = of()

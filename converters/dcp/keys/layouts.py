@@ -1,5 +1,5 @@
-"""Which leaves of a state dict are the model's, and which the optimizer's, by their
-keys.
+"""Which leaves of a state dict are the model's,
+and which the optimizer's, by their keys.
 
     Trainer, Accelerate   model | NAME              optimizer | state | NAME | exp_avg
     torchtitan            NAME                      optimizer | state.NAME.exp_avg
@@ -103,8 +103,8 @@ def keys_of_names(names: Iterable[str]) -> dict[str, KeyPath]:
 
 
 def _is_optimizer_at_root(leaves: Sequence[Leaf]) -> bool:
-    """Whether ``state`` and ``param_groups`` of an optimizer are keys of the root
-    itself."""
+    """Whether ``state`` and ``param_groups``
+    of an optimizer are keys of the root itself."""
     heads = {leaf.keys[0].partition(".")[0] for leaf in leaves}
     if GROUPS in heads:
         return True
@@ -201,8 +201,8 @@ def _optimizer_leaves(
 
 
 def _group_numbers(places: Iterable[OptimizerPlace]) -> dict[tuple[KeyPath, str], str]:
-    """Numbers for the groups of several optimizers, in their order, by optimizer and
-    number."""
+    """Numbers for the groups of several optimizers,
+    in their order, by optimizer and number."""
     numbers_by_base: dict[KeyPath, set[int]] = {}
     for place in places:
         if place.below[0] == GROUPS and place.below[1].isdecimal():
@@ -213,8 +213,8 @@ def _group_numbers(places: Iterable[OptimizerPlace]) -> dict[tuple[KeyPath, str]
 
 
 def _of_flat_name(text: str, model_names: _ModelNames) -> tuple[str, str]:
-    """Name and key of "NAME.KEY": the longest name that the model has, or all but the
-    last."""
+    """Name and key of "NAME.KEY": the longest name that the model has,
+    or all but the last."""
     name, _, key = text.rpartition(".")
     first_guess = (name, key)
     while name:

@@ -8,8 +8,8 @@ KeyPath = tuple[str, ...]  # the keys from the root of a state dict to a leaf
 
 
 class Leaf(NamedTuple):
-    """A value of a state dict: its flat name, and the keys that lead to it from the
-    root."""
+    """A value of a state dict: its flat name,
+    and the keys that lead to it from the root."""
 
     name: str
     keys: KeyPath

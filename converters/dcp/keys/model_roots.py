@@ -1,5 +1,5 @@
-"""The keys that a model's names follow in a state dict, where there may be several
-models.
+"""The keys that a model's names follow in a state dict,
+where there may be several models.
 
 A model belongs to the optimizer that stands beside it, under the same keys:
 

@@ -1,5 +1,5 @@
-"""DeepSpeed's native files of a training that FSDP saved, planned, and the proof of
-them.
+"""DeepSpeed's native files of a training that FSDP saved, planned,
+and the proof of them.
 
 TAG/bf16_zero_pp_rank_R_mp_rank_00_optim_states.pt    one a rank
 TAG/mp_rank_00_model_states.pt                        stages 1 and 2
@@ -27,8 +27,8 @@ def tag_of(training: FsdpTraining) -> str:
 
 
 def plan(training: FsdpTraining, target: TargetTopology, dtype: DType) -> Plan:
-    """The files, named relative to the save_dir. ``dtype`` is what the engine computes
-    in."""
+    """The files, named relative to the save_dir.
+    ``dtype`` is what the engine computes in."""
     tag = tag_of(training)
     prefix = "bf16_" if dtype is DType.BF16 else ""
     shards = [

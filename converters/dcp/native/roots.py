@@ -38,8 +38,8 @@ def configuration(target: TargetTopology, dtype: DType) -> dict[str, Any]:
 def optimizer_roots(
     training: FsdpTraining, target: TargetTopology, dtype: DType
 ) -> Iterator[dict[str, Any]]:
-    """The roots of the optimizer files, in rank order; master weights and states in
-    fp32."""
+    """The roots of the optimizer files,
+    in rank order; master weights and states in fp32."""
     stage = optimizer_files.stage_like(Call(optimizer_files.STAGE, (target.stage,)), target)
     for group_keys in optimizer_files.optimizer_trees(training.groups, target):
         values = optimizer_files.with_loss_scale(group_keys) | {"zero_stage": stage}
@@ -148,8 +148,8 @@ def _common(training: FsdpTraining, target: TargetTopology, dtype: DType) -> dic
 
 
 def _param_shapes(training: FsdpTraining, target: TargetTopology) -> list[Call]:
-    """The shapes of the trained parameters: a dict for each group, or sub-group of stage
-    3."""
+    """The shapes of the trained parameters: a dict for each group,
+    or sub-group of stage 3."""
     names_by_group: list[list[str]] = []
     for group in training.groups:
         if target.stage < 3:

@@ -56,8 +56,8 @@ def of(
     buffer_names: Collection[str],
     all_buffers: Collection[str] | None = None,
 ) -> FsdpTraining:
-    """The training; ``buffer_names`` are tensors of which the caller knows that they are
-    buffers.
+    """The training; ``buffer_names`` are tensors
+    of which the caller knows that they are buffers.
 
     ``all_buffers`` are those that ``ckpt to-dcp`` wrote down, if it made the checkpoint.
 
@@ -162,8 +162,8 @@ def _group(source: ShardedCheckpoint, group: ParameterGroup, index: int) -> Para
 
 
 def _require_states(source: ShardedCheckpoint, group: ParameterGroup, index: int) -> None:
-    """``CheckpointError`` unless the optimizer keeps something for every parameter of a
-    group."""
+    """``CheckpointError`` unless the optimizer keeps something
+    for every parameter of a group."""
     assert source.located_states is not None
     stateless_names = [name for name in group.names if not source.located_states(name)]
     if stateless_names:
@@ -234,8 +234,8 @@ def _is_foreign(value: Any) -> bool:
 
 
 def _step_of(source: ShardedCheckpoint, groups: Sequence[ParameterGroup]) -> int:
-    """The steps that the optimizer took, or that the trainer counted; 0 if nothing says
-    it."""
+    """The steps that the optimizer took,
+    or that the trainer counted; 0 if nothing says it."""
     assert source.optimizer is not None
     steps = [source.optimizer(group.names[0]).get(STEP) for group in groups if group.names]
     counts = [int(step) for step in steps if isinstance(step, (int, float))]

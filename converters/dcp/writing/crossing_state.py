@@ -94,8 +94,8 @@ def of_dcp(source: ShardedCheckpoint) -> CrossingState:
 
 
 def _without_data_parallel(state: CrossingState) -> CrossingState:
-    """The same without the ``module.`` that DistributedDataParallel puts before every
-    name.
+    """The same without the ``module.``
+    that DistributedDataParallel puts before every name.
 
     As ``ckpt to-fp32`` does: torch's functions for state dicts leave it out, too.
     """

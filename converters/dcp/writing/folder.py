@@ -1,5 +1,5 @@
-"""The files of a folder of DCP, planned: items back to back, and ``.metadata`` behind
-them all.
+"""The files of a folder of DCP, planned: items back to back,
+and ``.metadata`` behind them all.
 
     __0_0.distcp, __1_0.distcp, ...    the items of each of the files that were asked for
     .metadata                          last: a folder without it is none

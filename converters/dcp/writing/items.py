@@ -48,8 +48,8 @@ Value = TensorRef | Number | PlainObject
 
 @dataclass(frozen=True, slots=True)
 class TorchItem:
-    """An item from byte 0 on, as a ``Shard`` has it: literals, placements, places of
-    CRC32s."""
+    """An item from byte 0 on,
+    as a ``Shard`` has it: literals, placements, places of CRC32s."""
 
     nbytes: int
     literals: tuple[tuple[int, bytes], ...]

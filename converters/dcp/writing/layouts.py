@@ -26,8 +26,8 @@ MODEL_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0/", "optimizer_0/"
 
 
 def folders(state: CrossingState, layout: LayoutName) -> dict[str, list[StateEntry]]:
-    """The entries of each folder of DCP; its name ends in "/", or is empty for the
-    output."""
+    """The entries of each folder of DCP; its name ends in "/",
+    or is empty for the output."""
     if layout == "torchtitan":
         model = [StateEntry((name,), tensor) for name, tensor in state.weights.items()]
         return {"": [*model, *_flat_optimizer(state)]}

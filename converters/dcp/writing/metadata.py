@@ -128,8 +128,8 @@ class _MetadataFields:
         return self.infos[place]
 
     def properties_of(self, dtype: DType) -> Call:
-        """``TensorProperties``: element type, layout, gradient, memory format, pinned
-        memory."""
+        """``TensorProperties``: element type, layout,
+        gradient, memory format, pinned memory."""
         if dtype not in self.properties:
             layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
             contiguous = Call(Global(_MODULE, "_MEM_FORMAT_ENCODING"), (0,))

@@ -1,5 +1,5 @@
-"""Proof of what was written as DCP: read again from its files, it is what the source
-has.
+"""Proof of what was written as DCP:
+read again from its files, it is what the source has.
 
 The finished folder is read by the reader of DCP, which knows nothing of the plan. Where
 it finds the chunks of a tensor, the plan says which bytes of the source were put there:
@@ -97,8 +97,8 @@ def _is_same_object(value: Any, expected: Any) -> bool:
 
 
 def read_back(folders: Mapping[str, Sequence[StateEntry]], output: Path) -> int:
-    """Reads the bytes of every tensor of the finished folders, compares CRC32s; gives
-    the bytes."""
+    """Reads the bytes of every tensor of the finished folders,
+    compares CRC32s; gives the bytes."""
     total_bytes = 0
     for folder_name, entries in folders.items():
         state = DcpState(output / folder_name)

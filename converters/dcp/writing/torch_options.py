@@ -103,8 +103,8 @@ def _missing(checkpoint: Checkpoint, group: ParamGroup, index: int) -> Iterator[
 
 
 def _decouples_weight_decay(checkpoint: Checkpoint) -> bool:
-    """Whether an Adam of DeepSpeed works as AdamW, which it does unless it is told
-    otherwise.
+    """Whether an Adam of DeepSpeed works as AdamW,
+    which it does unless it is told otherwise.
 
     Source: DeepSpeed 0.19.8 ``runtime/engine.py: _configure_basic_optimizer``.
     """

@@ -1,5 +1,5 @@
-"""Param groups of a training without ZeRO, whose 16-bit optimizer is in the model's
-file.
+"""Param groups of a training without ZeRO,
+whose 16-bit optimizer is in the model's file.
 
     fp32_groups_flat          the master weights, a vector for each group
     optimizer_state_dict      the states of these vectors, and the options of the groups

@@ -1,5 +1,5 @@
-"""Names that the trained model ties to a frozen parameter that its checkpoint does not
-have.
+"""Names that the trained model ties
+to a frozen parameter that its checkpoint does not have.
 
     lm_head.weight, encoder.embed_tokens.weight  ->  shared.weight, left out as frozen
 
@@ -29,8 +29,8 @@ def of_model(weights: Weights) -> dict[str, str]:
 
 
 def applied(base: Weights, ties: Mapping[str, str]) -> Weights:
-    """A base with ``ties``: the names of one tensor, of which the base has some, share
-    its values.
+    """A base with ``ties``: the names of one tensor,
+    of which the base has some, share its values.
 
     A name that the base has as well is one more copy, and tied to the first.
     """

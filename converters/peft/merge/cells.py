@@ -56,8 +56,8 @@ class Cell:
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows, and columns of all further axes: (out, in, height, width) is (out, the
-    rest)."""
+    """Rows, and columns of all further axes:
+    (out, in, height, width) is (out, the rest)."""
     return (shape[0], prod(shape[1:])) if shape else (1, 1)
 
 
@@ -118,8 +118,8 @@ class WeightChange:
         return ()
 
     def recipe(self) -> str:
-        """The text that says what is computed, with every number that decides the
-        result."""
+        """The text that says what is computed,
+        with every number that decides the result."""
         return f"{self.title} in {self.dtype.value}"
 
     def cell(self, cell: Cell, weight: Array, inputs: Inputs) -> Array:
@@ -144,8 +144,8 @@ class WeightChange:
         return result
 
     def before(self, cell: Cell, inputs: Inputs, space: Array) -> Array:
-        """A cell of the weight as it is loaded, widened to compute with, in
-        ``space``."""
+        """A cell of the weight as it is loaded,
+        widened to compute with, in ``space``."""
         kind = cast.numpy_dtype(self.dtype)
         if self.weight.dtype is self.dtype or kind == space.dtype:
             inputs.into(space, self.weight, cell.start)
@@ -156,8 +156,8 @@ class WeightChange:
         return space.reshape(cell.shape)
 
     def computed(self, proofs: tuple[tuple[TensorRef, TensorRef], ...] = ()) -> Computed:
-        """The result as a tensor; ``proofs`` are inputs and copies of them
-        (``Computed``)."""
+        """The result as a tensor;
+        ``proofs`` are inputs and copies of them (``Computed``)."""
         return computed(
             self.dtype,
             self.shape,
@@ -175,8 +175,8 @@ def wide(dtype: DType) -> np.dtype[np.float32 | np.float64]:
 
 
 def factor(inputs: Inputs, tensor: TensorRef) -> Array:
-    """A whole factor in fp32 (fp64 stays), as PEFT loads 16-bit adapters, in its own
-    shape."""
+    """A whole factor in fp32 (fp64 stays),
+    as PEFT loads 16-bit adapters, in its own shape."""
 
     def widened() -> Array:
         return (

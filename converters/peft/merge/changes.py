@@ -29,8 +29,8 @@ _VARIANTS = {  # fields of a LoRA configuration that make something else of it
 
 
 def require_mergeable(config: AdapterConfig) -> None:
-    """``CheckpointError`` for a kind of adapter that is in no weight, or is not merged
-    here."""
+    """``CheckpointError`` for a kind of adapter that is in no weight,
+    or is not merged here."""
     title = kinds.title(config.peft_type)
     if config.prompt:
         raise CheckpointError(
@@ -53,16 +53,16 @@ def require_mergeable(config: AdapterConfig) -> None:
 
 
 def alters_base(config: AdapterConfig) -> str | None:
-    """The way of initialization by which training began with other base weights, if it
-    did."""
+    """The way of initialization by which training began with other base weights,
+    if it did."""
     start = str(config.values.get("init_lora_weights") or "")
     alters = start.startswith(("pissa", "corda")) or start in ("olora", "loftq", "lora_ga")
     return start if alters else None
 
 
 def require_fitting_base(config: AdapterConfig, place: str, has_own_base: bool) -> None:
-    """``CheckpointError`` if training began with other weights than those of the base in
-    ``place``.
+    """``CheckpointError`` if training began
+    with other weights than those of the base in ``place``.
 
     ``has_own_base`` says that the checkpoint has the weights that it began with.
     """

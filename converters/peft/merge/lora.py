@@ -221,8 +221,8 @@ class Dora(Lora):
         return inputs.derived(self, "rows", lambda: self.ratio(inputs, 1))
 
     def ratio(self, inputs: Inputs, axis: int) -> Array:
-        """The ratio m / norm as a vector: of every row (``axis`` 1), or of every column
-        (0).
+        """The ratio m / norm as a vector:
+        of every row (``axis`` 1), or of every column (0).
 
         Reads the weight once more, cell by cell, and sums the squares in fp64.
         """
@@ -263,8 +263,8 @@ class Bias(WeightChange):
 
 @dataclass(frozen=True, slots=True)
 class ChatLora(Lora):
-    """DeepSpeed-Chat's LoRA: W + scale * left^T right^T; ``a`` is right^T's, ``b``
-    left^T's.
+    """DeepSpeed-Chat's LoRA: W + scale * left^T right^T;
+    ``a`` is right^T's, ``b`` left^T's.
 
     Source: DeepSpeed-Chat's ``LinearLayer_LoRA.fuse_lora_weight``: ``lora_right_weight``
     is (in, r), ``lora_left_weight`` (r, out).

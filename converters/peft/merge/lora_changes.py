@@ -1,5 +1,5 @@
-"""The changes that LoRA and its kin make to a layer: shapes checked, the scale worked
-out."""
+"""The changes that LoRA and its kin make to a layer:
+shapes checked, the scale worked out."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""LoHa and LoKr: the weight plus products of small matrices, in PEFT's order of
-operations.
+"""LoHa and LoKr: the weight plus products of small matrices,
+in PEFT's order of operations.
 
 Source: PEFT 0.21.2, ``tuners/loha/layer.py`` (``make_weight``, ``make_weight_cp``) and
 ``tuners/lokr/layer.py`` (``make_kron``); added in place (``tuners/lycoris_utils.py``).
@@ -123,8 +123,8 @@ class Lokr(WeightChange):
         return weight
 
     def padded(self, first: Array, second: Array, inputs: Inputs) -> Array:
-        """The whole product of a matrix and a kernel of three axes, as the weight's
-        matrix."""
+        """The whole product of a matrix and a kernel of three axes,
+        as the weight's matrix."""
 
         def product() -> Array:
             kernel = np.kron(first[None], second)

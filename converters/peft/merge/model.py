@@ -55,8 +55,8 @@ class Merge:
 
 @dataclass(slots=True)
 class Sorted:
-    """The parameters of a PEFT model by what they are for; names are those of the user's
-    model.
+    """The parameters of a PEFT model by what they are for;
+    names are those of the user's model.
 
     ``plain`` maps each to its name in the checkpoint, ``saved`` those that a trained
     copy replaces. ``layers`` has the adapters' tensors by module and adapter, ``shared``
@@ -125,8 +125,8 @@ def merged(
 
 
 def sorted_names(weights: Weights, adapters: Iterable[str]) -> Sorted:
-    """Every name of the checkpoint by what it is for, as far as these adapters use
-    it."""
+    """Every name of the checkpoint by what it is for,
+    as far as these adapters use it."""
     result, chosen = Sorted(), list(adapters)
     every = dict.fromkeys((*weights.order, *weights.tensors, *weights.aliases))
     for name in every:
@@ -239,8 +239,8 @@ class _Results:
 
 
 def _merge(origins: Origins, results: _Results) -> Merge:
-    """The merged weights: proofs, tied names, roles and order under the model's
-    names."""
+    """The merged weights: proofs, tied names,
+    roles and order under the model's names."""
     weights = origins.weights
     tensors, aliases, untied = _ties(origins, results.tensors)
     proven = {name: _with_proofs(tensor, origins) for name, tensor in tensors.items()}
@@ -296,8 +296,8 @@ def _absent(weights: Weights, known_names: Container[str]) -> dict[str, str]:
 def _ties(
     origins: Origins, results: Mapping[str, TensorRef]
 ) -> tuple[dict[str, TensorRef], dict[str, str], dict[str, str]]:
-    """The tensors to write, the names that are tied to them, and those that no longer
-    are."""
+    """The tensors to write, the names that are tied to them,
+    and those that no longer are."""
     tied = {name: owner for name in results if (owner := origins.tied_to(name)) is not None}
     tensors = {name: tensor for name, tensor in results.items() if name not in tied}
     owners = {id(tensor): name for name, tensor in tensors.items()}

@@ -54,14 +54,14 @@ class Origins:
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        """The name in the checkpoint of the values that each tensor has before any
-        change."""
+        """The name in the checkpoint of the values
+        that each tensor has before any change."""
         return {**self.plain, **self.saved}
 
     @cached_property
     def holds_base(self) -> bool:
-        """Whether the checkpoint has frozen weights of the model, not only what was
-        trained."""
+        """Whether the checkpoint has frozen weights of the model,
+        not only what was trained."""
         plain = self.plain.items()
         base_sources = {
             name: source for name, source in plain if source not in self.adapter_sources
@@ -76,8 +76,8 @@ class Origins:
         return located
 
     def names(self) -> list[str]:
-        """The trained model's names; with the base's where only what was trained is
-        saved."""
+        """The trained model's names;
+        with the base's where only what was trained is saved."""
         own_names = list(self.sources)
         if self.base is None:
             return own_names
@@ -100,8 +100,8 @@ class Origins:
         return tuple(name for name in self.base.weights.tensors if name not in self.sources)
 
     def outside(self) -> tuple[str, ...]:
-        """Frozen names outside of what the base has, whose values are the
-        checkpoint's."""
+        """Frozen names outside of what the base has,
+        whose values are the checkpoint's."""
         if self.base is None:
             return ()
 
@@ -121,8 +121,8 @@ class Origins:
         return self.weights.aliases.get(source, source)
 
     def tied_to(self, name: str) -> str | None:
-        """The name of the model that another is tied to, or was before it was trained
-        apart."""
+        """The name of the model that another is tied to,
+        or was before it was trained apart."""
         aliases = self.weights.aliases
         owner = aliases.get(self.sources.get(name, "")) or aliases.get(self.plain.get(name, ""))
         if owner is None:
@@ -153,14 +153,14 @@ class Origins:
 
     @cached_property
     def _owned_elsewhere(self) -> frozenset[str]:
-        """The names that the base ties to one that is not here: that one was excluded as
-        frozen."""
+        """The names that the base ties to one that is not here:
+        that one was excluded as frozen."""
         aliases = self.base.weights.aliases if self.base is not None else {}
         return frozenset(alias for alias, owner in aliases.items() if owner not in self.sources)
 
     def is_of_checkpoint(self, name: str) -> bool:
-        """Whether the checkpoint's values of a tensor are taken whatever the base
-        has."""
+        """Whether the checkpoint's values of a tensor
+        are taken whatever the base has."""
         source = self.sources.get(name, "")
         return self.is_trained(name) or self.owner(source) in self.adapter_sources
 
@@ -199,8 +199,8 @@ class Origins:
         return base_tensor
 
     def _in_base(self, name: str, source: str) -> TensorRef | None:
-        """The base's tensor of this name, or of one that is tied to it in the
-        checkpoint."""
+        """The base's tensor of this name,
+        or of one that is tied to it in the checkpoint."""
         assert self.base is not None
         base_tensors = self.base.weights.tensors
         tied = [*self._names_by_owner.get(self.owner(source), []), name]
@@ -239,8 +239,8 @@ class Origins:
 
     @cached_property
     def _copies(self) -> dict[int, TensorRef | None]:
-        """The checkpoint's frozen copy of each tensor of the base, by the tensor's
-        identity."""
+        """The checkpoint's frozen copy of each tensor of the base,
+        by the tensor's identity."""
         if self.base is None:
             return {}
 
@@ -261,14 +261,14 @@ class Origins:
 
     @cached_property
     def _checkpoint_copies(self) -> dict[int, TensorRef]:
-        """The 16-bit copy of each tensor of the checkpoint, by the identity of the
-        tensor."""
+        """The 16-bit copy of each tensor of the checkpoint,
+        by the identity of the tensor."""
         weights = self.weights
         return {id(weights.tensors[name]): copy for name, copy in weights.copies.items()}
 
     def copy_of(self, tensor: TensorRef) -> TensorRef | None:
-        """The tensor that holds the same values as one that is read, rounded
-        perhaps."""
+        """The tensor that holds the same values
+        as one that is read, rounded perhaps."""
         return self._copies.get(id(tensor)) or self._checkpoint_copies.get(id(tensor))
 
     def main_dtype(self, tensors: Mapping[str, TensorRef]) -> DType:

@@ -1,5 +1,5 @@
-"""The changes that IA3, VeRA, trained tokens, LoHa and LoKr make to a layer: shapes
-checked."""
+"""The changes that IA3, VeRA, trained tokens,
+LoHa and LoKr make to a layer: shapes checked."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def otherwise() -> str:
 
 
 def ia3(site: Site, parts: Parts, shared: Parts, config: AdapterConfig) -> Changed:
-    """The changes that IA3 makes to a layer's weight, and to its bias if it scales
-    outputs.
+    """The changes that IA3 makes to a layer's weight,
+    and to its bias if it scales outputs.
 
     ``parts`` has a vector with one number for each input of a feedforward layer, or each
     output of another. ``CheckpointError`` if its length does not fit the layer.
@@ -69,8 +69,8 @@ def ia3(site: Site, parts: Parts, shared: Parts, config: AdapterConfig) -> Chang
 
 
 def _feedforward(config: AdapterConfig, module: str) -> bool:
-    """Whether IA3 scales a layer's input: by the ends of names, or a pattern of the
-    whole."""
+    """Whether IA3 scales a layer's input:
+    by the ends of names, or a pattern of the whole."""
     targets = config.values.get("feedforward_modules") or []
     if isinstance(targets, str):
         return matches(targets, module)
@@ -151,8 +151,8 @@ def token_indices(
     module: str,
     rows: TensorRef,
 ) -> tuple[int, ...] | None:
-    """The numbers of a layer's trained rows: those named for the layer, or the only
-    ones."""
+    """The numbers of a layer's trained rows: those named for the layer,
+    or the only ones."""
     indices_by_layer = config.token_indices
     for layer, indices in indices_by_layer.items():
         if layer != INPUT_EMBEDDING and (module == layer or module.endswith(f".{layer}")):
@@ -201,8 +201,8 @@ def loha(site: Site, parts: Parts, config: AdapterConfig) -> Changed:
 def _require_product(
     site: Site, factor_a: TensorRef, factor_b: TensorRef, core: TensorRef | None
 ) -> None:
-    """Raises unless the product of two factors, through a core perhaps, has the weight's
-    shape."""
+    """Raises unless the product of two factors,
+    through a core perhaps, has the weight's shape."""
     rows, columns = matrix_shape(site.weight.shape)
     factors = (factor_a, factor_b) if core is None else (factor_a, factor_b, core)
     shape = _product_shape(factors)
@@ -214,8 +214,8 @@ def _require_product(
 
 
 def _product_shape(factors: tuple[TensorRef, ...]) -> tuple[int, ...] | None:
-    """The shape of a whole matrix, a product, or a product through a core; ``None`` if
-    of none."""
+    """The shape of a whole matrix, a product,
+    or a product through a core; ``None`` if of none."""
     shapes = [tensor.shape for tensor in factors]
     if len(shapes) == 1:
         return shapes[0] if len(shapes[0]) >= 2 else None
@@ -232,8 +232,8 @@ def _product_shape(factors: tuple[TensorRef, ...]) -> tuple[int, ...] | None:
 
 
 def lokr(site: Site, parts: Parts, config: AdapterConfig) -> Changed:
-    """The change that LoKr makes to a layer's weight: a Kronecker product of two
-    matrices.
+    """The change that LoKr makes to a layer's weight:
+    a Kronecker product of two matrices.
 
     ``parts`` has each of them whole or as factors. ``CheckpointError`` if the product
     does not have the weight's shape, or the configuration has no rank.

@@ -45,8 +45,8 @@ class Site:
 
 
 def part_of(site: Site, parts: Parts, role: str) -> TensorRef:
-    """The tensor of a role, with or without ``.weight``; ``CheckpointError`` if it is
-    missing."""
+    """The tensor of a role,
+    with or without ``.weight``; ``CheckpointError`` if it is missing."""
     tensor = find(parts, role)
     if tensor is None:
         raise CheckpointError(
@@ -62,8 +62,8 @@ def find(parts: Parts, role: str) -> TensorRef | None:
 
 
 def lies_flipped(site: Site, outputs: int, inputs: int) -> bool:
-    """Whether the weight is (in, out); ``CheckpointError`` if it is neither way
-    round."""
+    """Whether the weight is (in, out);
+    ``CheckpointError`` if it is neither way round."""
     shape = matrix_shape(site.weight.shape)
     straight = shape == (outputs, inputs)
     flipped = len(site.weight.shape) == 2 and shape == (inputs, outputs)
@@ -90,8 +90,8 @@ def sizes(site: Site, factor_a: TensorRef, factor_b: TensorRef) -> tuple[int, in
 
 
 def outputs_and_inputs(parts: Parts) -> tuple[int, int] | None:
-    """The outputs and inputs that a LoRA's factors are for, if it has both as
-    matrices."""
+    """The outputs and inputs that a LoRA's factors are for,
+    if it has both as matrices."""
     factor_a, factor_b = find(parts, "lora_A"), find(parts, "lora_B")
     if factor_a is None or factor_b is None or len(factor_a.shape) != 2 or len(factor_b.shape) != 2:
         return None

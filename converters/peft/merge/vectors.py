@@ -19,8 +19,8 @@ from converters.tensors import TensorRef
 
 @dataclass(frozen=True, slots=True)
 class Ia3(WeightChange):
-    """The weight times a vector: of every row, or (``columns``) of every column's first
-    axis.
+    """The weight times a vector: of every row,
+    or (``columns``) of every column's first axis.
 
     ``repeat`` columns share a number: a convolution's kernel.
     """
@@ -51,8 +51,8 @@ class Ia3(WeightChange):
 
 @dataclass(frozen=True, slots=True)
 class Tokens(WeightChange):
-    """Some rows replaced: row ``indices[n]`` by row n of ``rows``, the last of equal
-    ones."""
+    """Some rows replaced: row ``indices[n]`` by row n of ``rows``,
+    the last of equal ones."""
 
     rows: TensorRef
     indices: tuple[int, ...]
@@ -78,8 +78,8 @@ class Tokens(WeightChange):
 
 @dataclass(frozen=True, slots=True)
 class Vera(WeightChange):
-    """W + (lambda_b * B) (lambda_d * A); A and B are shared by all layers and cut to
-    size."""
+    """W + (lambda_b * B) (lambda_d * A);
+    A and B are shared by all layers and cut to size."""
 
     a: TensorRef
     b: TensorRef

@@ -1,5 +1,5 @@
-"""The services of operating systems: each need in one module, and no question about it
-elsewhere.
+"""The services of operating systems: each need in one module,
+and no question about it elsewhere.
 
 errnos      numbers of errors, those that this system has
 opening     descriptors, of files as bytes

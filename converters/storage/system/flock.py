@@ -21,8 +21,8 @@ else:
 
 
 def take(fd: int, *, shared: bool = False) -> None:
-    """Locks an open file, not waited for; ``OSError`` if it is locked, or there are no
-    locks."""
+    """Locks an open file, not waited for; ``OSError`` if it is locked,
+    or there are no locks."""
     if sys.platform == "win32" or not OFFERED:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

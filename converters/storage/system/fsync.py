@@ -44,8 +44,8 @@ def descriptor(fd: int) -> None:
 
 
 def filesystem(fd: int) -> None:
-    """Puts all of a file's filesystem on disk; since Linux 5.8 it tells of writes that
-    failed."""
+    """Puts all of a file's filesystem on disk;
+    since Linux 5.8 it tells of writes that failed."""
     syncfs = c_library.function("syncfs")
     if syncfs is None:
         everything()

@@ -1,5 +1,5 @@
-"""Names of files as other files give them: they may not lead out of the folder they are
-for.
+"""Names of files as other files give them:
+they may not lead out of the folder they are for.
 
 On Windows a backslash cuts a path as a slash does, and a colon follows a drive ("C:x"
 lies in no folder that is put before it) or names a stream of a file.

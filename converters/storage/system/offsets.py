@@ -67,8 +67,8 @@ def write(fd: int, data: memoryview | bytes, offset: int, flags: int = 0) -> int
 
 
 def start_writing_back(fd: int, offset: int, length: int) -> None:
-    """Has the system begin to put bytes on the disk that were written, where it can be
-    asked."""
+    """Has the system begin to put bytes on the disk that were written,
+    where it can be asked."""
     if sys.platform == "linux" and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 

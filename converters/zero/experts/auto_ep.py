@@ -103,8 +103,8 @@ def local_shapes(
     expert_rank: int,
     group: SharedGroup,
 ) -> dict[str, Shape]:
-    """The shapes that an expert rank has, from those of the rank that wrote
-    ``param_shapes``.
+    """The shapes that an expert rank has,
+    from those of the rank that wrote ``param_shapes``.
 
     Those of DeepSpeed-MoE are the same on every rank.
     """
@@ -125,8 +125,8 @@ def local_shapes(
 
 
 def require_stack(model: State, layer: AutoEPLayer, name: str, shape: Shape) -> None:
-    """Raises unless a shape is that of the experts of the rank that wrote the model
-    file."""
+    """Raises unless a shape is that of the experts
+    of the rank that wrote the model file."""
     count = len(layer.experts[layer.expert_rank])
     if shape[:1] != (count,):
         raise model.fail(
@@ -243,8 +243,8 @@ def _whole_stack(parts: Sequence[TensorRef]) -> TensorRef:
 def in_optimizer_order(
     layers: Sequence[AutoEPLayer], parameters: Mapping[str, TensorRef]
 ) -> dict[str, TensorRef]:
-    """Parameters that are no experts, as AutoEP gives them to the optimizer: routers
-    last.
+    """Parameters that are no experts,
+    as AutoEP gives them to the optimizer: routers last.
 
     They are so in every checkpoint seen (``param_shapes`` of 0.19.8, stages 1 to 3).
     """
@@ -254,8 +254,8 @@ def in_optimizer_order(
 
 
 def as_whole(model: State) -> State:
-    """A model file as if one rank had had all experts, for states that were merged
-    already.
+    """A model file as if one rank had had all experts,
+    for states that were merged already.
 
     ``param_shapes`` has the whole stacks then, and nothing speaks of expert ranks. A
     model file without AutoEP stays as it is.

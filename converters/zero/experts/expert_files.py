@@ -122,8 +122,8 @@ def _tensors(state: State, expert: int) -> dict[str, TensorRef]:
 def placed_among(
     module: Mapping[str, object], tensors: Mapping[str, object], prefixes: Sequence[str]
 ) -> dict[str, object]:
-    """The model's names in order, with those of experts behind the others of their
-    layers.
+    """The model's names in order,
+    with those of experts behind the others of their layers.
 
     ``prefixes`` are what the names of experts begin with; of each the part before
     ``.experts`` is the layer's.

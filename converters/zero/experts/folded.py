@@ -69,8 +69,8 @@ def read(place: Place, files: FolderFiles) -> Source:
 def _flat(
     place: Place, lanes: Sequence[Lane], layers: Sequence[AutoEPLayer], experts: ExpertFiles
 ) -> list[Source]:
-    """The lanes of stages 1 and 2; the first one stands for all in what is no lane's
-    alone."""
+    """The lanes of stages 1 and 2;
+    the first one stands for all in what is no lane's alone."""
     stacks = _stacks(place, lanes, layers)
     sources = []
     for number, lane in enumerate(lanes):
@@ -143,8 +143,8 @@ def _dense_weights(lane: Lane) -> Weights:
 def _with_shapes(
     model: State, groups: Sequence[SharedGroup]
 ) -> list[tuple[SharedGroup, dict[str, Shape]]]:
-    """Each group with its part of ``param_shapes``, which is in the order of the first
-    file."""
+    """Each group with its part of ``param_shapes``,
+    which is in the order of the first file."""
     shapes = state_files.shapes(model, "param_shapes") or []
     if len(shapes) != len(groups):
         raise model.fail(

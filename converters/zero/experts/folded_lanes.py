@@ -1,5 +1,5 @@
-"""The files of AutoEP with AutoTP, by tensor-parallel rank, and what they say of
-experts.
+"""The files of AutoEP with AutoTP,
+by tensor-parallel rank, and what they say of experts.
 
 Every file has ``folding``: which tensor-parallel rank and which expert rank wrote it.
 Source: DeepSpeed 0.19.8 ``checkpoint/autoep_universal.py`` (``make_folding_metadata``).
@@ -97,8 +97,8 @@ def _models(place: Place, files: FolderFiles) -> list[list[State]]:
 
 
 def folding(state: State) -> Section:
-    """The entry of a file on the rank that wrote it; ``CheckpointError`` if there is
-    none."""
+    """The entry of a file on the rank that wrote it;
+    ``CheckpointError`` if there is none."""
     return state.fields.section(KEY)
 
 

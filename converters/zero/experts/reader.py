@@ -14,8 +14,8 @@ from converters.zero.files import several_models
 
 @open_files.once()
 def read_any(path: Path, tag: str | None = None, complete: bool = False) -> Source:
-    """Reads files whose names tell of ZeRO alone: AutoEP under stage 3 has no
-    others."""
+    """Reads files whose names tell of ZeRO alone:
+    AutoEP under stage 3 has no others."""
     try:
         return reader.read(path, tag, complete)
     except ExpertsError:

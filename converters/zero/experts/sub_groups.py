@@ -39,8 +39,8 @@ _VECTORS = "fp32_flat_groups"
 
 @dataclass(frozen=True, slots=True)
 class SharedWeights:
-    """The weights of a sub-group that these ranks share; ``expert_rank`` is that of
-    experts."""
+    """The weights of a sub-group that these ranks share;
+    ``expert_rank`` is that of experts."""
 
     tensors: Mapping[str, TensorRef]
     ranks: tuple[int, ...]
@@ -124,8 +124,8 @@ def states_of(place: Place, files: FolderFiles) -> tuple[list[State], list[State
 
 
 def _refuse_frozen_experts(model: State) -> None:
-    """Raises for experts that are not trained: each rank has pieces of its own ones
-    alone."""
+    """Raises for experts that are not trained:
+    each rank has pieces of its own ones alone."""
     groups = state_files.shapes(model, "frozen_param_shapes") or ()
     frozen_names = {name for group in groups for name in group}
     for layer in auto_ep.layers_of(model):
@@ -171,8 +171,8 @@ def shared_weights(
 
 
 def teams(ranks: Sequence[State], number: int) -> list[list[int]]:
-    """The ranks that share a sub-group, in the order of their pieces; each rank in one
-    team.
+    """The ranks that share a sub-group,
+    in the order of their pieces; each rank in one team.
 
     ``CheckpointError`` where the optimizer files disagree.
     """

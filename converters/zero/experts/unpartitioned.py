@@ -1,5 +1,5 @@
-"""Experts trained without ZeRO: the weights are in the model file and in those of
-experts.
+"""Experts trained without ZeRO:
+the weights are in the model file and in those of experts.
 
     mp_rank_00_model_states.pt              everything but the experts
     layer_L_expert_E_mp_rank_00_...         the experts
@@ -57,16 +57,16 @@ class ExpertOptimizer:
 
 @dataclass(frozen=True, slots=True)
 class NamedOptimizers:
-    """The states of all parameters by name, and the fp32 weights of a training in 16
-    bits."""
+    """The states of all parameters by name,
+    and the fp32 weights of a training in 16 bits."""
 
     states: NumberedStates
     masters: Mapping[str, TensorRef]
 
 
 def optimizers(place: Place, paths: Mapping[int, Path]) -> list[ExpertOptimizer]:
-    """Those of the expert ranks in order; ``CheckpointError`` for what keeps flat
-    vectors."""
+    """Those of the expert ranks in order;
+    ``CheckpointError`` for what keeps flat vectors."""
     one_save.require_numbered(
         place, "expp_rank_N_mp_rank_00_optim_states.pt", max(paths) + 1, paths
     )

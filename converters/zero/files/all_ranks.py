@@ -42,8 +42,8 @@ def in_rank_order(
 
 
 def of_model_rank(file_kind: str, model_rank: int | None) -> str:
-    """The words for files in a message, with their model-parallel rank if there are
-    several."""
+    """The words for files in a message,
+    with their model-parallel rank if there are several."""
     return file_kind if model_rank is None else f"mp_rank_{model_rank:02d} {file_kind}"
 
 

@@ -30,8 +30,8 @@ _RANK = LazyPattern(r"(?:zero_pp_rank_(\d{1,9})_)?mp_rank_(\d{1,9})_?(optim|mode
 
 
 def rank_file(name: str) -> tuple[int | None, int, str] | None:
-    """The rank of a file of one rank, its model-parallel rank, and its kind, optim or
-    model.
+    """The rank of a file of one rank, its model-parallel rank,
+    and its kind, optim or model.
 
     ``name`` is its name or a part of it. The model file of stages 0 to 2 has no rank.
     """
@@ -136,8 +136,8 @@ def scan(place: Place) -> Files:
 
 
 def lanes(place: Place) -> dict[int, Files]:
-    """The state files of each model-parallel rank; ``CheckpointError`` if there are
-    none."""
+    """The state files of each model-parallel rank;
+    ``CheckpointError`` if there are none."""
     names = stores.names(place.folder)
     names_by_rank: dict[int, list[str]] = {}
     for name in names:

@@ -1,5 +1,5 @@
-"""Several models in one folder, each under a tag of its own: none of them is
-chosen silently.
+"""Several models in one folder,
+each under a tag of its own: none of them is chosen silently.
 
 Accelerate's ``save_state`` writes ``pytorch_model``, ``pytorch_model_1`` and so on, one
 a model (``accelerator.py``: ``MODEL_NAME``); a training of its own may have ``actor``
@@ -23,8 +23,8 @@ MOST_READ = 16  # tags that are looked into
 
 
 def find(path: Path, tag: str | None = None) -> discovery.Place:
-    """Finds the tag that a path means, as ``discovery.find`` does, also among several
-    models.
+    """Finds the tag that a path means,
+    as ``discovery.find`` does, also among several models.
 
     ``CheckpointError`` where ``path`` holds several models and no ``tag`` chooses one.
     """

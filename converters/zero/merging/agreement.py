@@ -28,8 +28,8 @@ def require_same_count(
 
 
 def require_same_settings(index: int, paths: Sequence[Path], groups: Sequence[ParamGroup]) -> None:
-    """Raises unless the ranks have the same options and constants of param group
-    ``index``."""
+    """Raises unless the ranks have the same options
+    and constants of param group ``index``."""
     first = groups[0]
     for path, group in zip(paths, groups, strict=True):
         are_alike = (
@@ -45,8 +45,8 @@ def require_same_settings(index: int, paths: Sequence[Path], groups: Sequence[Pa
 
 
 def _equal(first: Any, second: Any) -> bool:
-    """Whether two trees are alike; the numbers in their storages were compared on
-    reading."""
+    """Whether two trees are alike;
+    the numbers in their storages were compared on reading."""
 
     def is_alike(storage: Storage, counterpart: Storage) -> bool:
         return storage.kind == counterpart.kind and storage.numel == counterpart.numel

@@ -126,16 +126,16 @@ def groups_of(checkpoint: Checkpoint) -> list[ParamGroup]:
 
 
 def universal_entries(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
-    """The entries in files of the universal format on a parameter, beside its
-    values."""
+    """The entries in files of the universal format on a parameter,
+    beside its values."""
     if isinstance(checkpoint, MergedCheckpoint):
         return checkpoint.universal_entries.get(name, {})
     return {}
 
 
 def optimizer_root(checkpoint: Checkpoint, rank: int) -> dict[Any, Any]:
-    """The root of the optimizer file that rank ``rank`` of any other number is made
-    from."""
+    """The root of the optimizer file that rank ``rank``
+    of any other number is made from."""
     root = object_graph.read_root(checkpoint.ranks[rank % len(checkpoint.ranks)].path)
     if not isinstance(checkpoint, MergedCheckpoint):
         return root

@@ -125,8 +125,8 @@ def _tree_of_group(state: State, root: Tree, number: int) -> dict[Any, Any]:
 def _group(
     states: ExpertStates, ranks: Sequence[State], shapes: Sequence[Mapping[str, Shape]], tree: Tree
 ) -> ParamGroup:
-    """The only param group of some optimizer files; ``shapes`` are those of its
-    sub-groups."""
+    """The only param group of some optimizer files;
+    ``shapes`` are those of its sub-groups."""
     checkpoint = Checkpoint(
         kind=EXPERTS,
         place=states.place,

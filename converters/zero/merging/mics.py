@@ -1,5 +1,5 @@
-"""MiCS: the files of the first shard group, whose ranks hold everything, as plain stage
-3.
+"""MiCS: the files of the first shard group,
+whose ranks hold everything, as plain stage 3.
 
 The configuration in them and the number of ranks are those of the whole training; here
 they are those of the group.

@@ -1,5 +1,5 @@
-"""Pipelines of tensor-parallel stages (3D): each lane a pipeline of shards, all of them
-as one.
+"""Pipelines of tensor-parallel stages (3D):
+each lane a pipeline of shards, all of them as one.
 
     lane 0   stage 0: embed/0, 1/0   stage 1: 2/0, 3/0      param groups of the shards /0
     lane 1   stage 0: embed/1, 1/1   stage 1: 2/1, 3/1      and of the shards /1
@@ -20,8 +20,8 @@ from converters.zero.pipeline.stages import PipelineCheckpoint
 
 
 def merged(source: Source) -> MergedCheckpoint:
-    """The checkpoint of the whole model, of a pipeline with or without tensor
-    parallelism.
+    """The checkpoint of the whole model,
+    of a pipeline with or without tensor parallelism.
 
     ``CheckpointError`` for one without partitions, or whose ranks do not belong
     together.

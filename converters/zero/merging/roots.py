@@ -1,5 +1,5 @@
-"""Entries of state files that tell of parallelism, as a training with ZeRO alone has
-them.
+"""Entries of state files that tell of parallelism,
+as a training with ZeRO alone has them.
 
 Sources: ``_common_checkpoint_state`` of DeepSpeed 0.19.8 ``runtime/engine.py``; the
 settings of MiCS are those of 0.16 ``runtime/zero/config.py``.

@@ -1,5 +1,5 @@
-"""How a checkpoint is split up beside ZeRO, by the names of its files and the first of
-them.
+"""How a checkpoint is split up beside ZeRO,
+by the names of its files and the first of them.
 
     mp_rank_00_*, mp_rank_01_*      tensor-parallel ranks, or stages of them
     layer_00-model_01-*             stages, each of two tensor-parallel ranks
@@ -103,8 +103,8 @@ def _first_model(files: FolderFiles) -> State | None:
 
 
 def _stated_sizes(files: FolderFiles) -> Iterator[int]:
-    """The numbers of expert ranks in the names of the param groups of the first
-    optimizer."""
+    """The numbers of expert ranks in the names
+    of the param groups of the first optimizer."""
     paths = [
         path
         for by_model_rank in (files.optimizers, files.expert_optimizers)

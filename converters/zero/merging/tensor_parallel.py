@@ -1,5 +1,5 @@
-"""Tensor parallelism: the param groups of all ranks, with the shards of each parameter
-joined.
+"""Tensor parallelism: the param groups of all ranks,
+with the shards of each parameter joined.
 
 Every rank has the same param groups, each with its shards, and in the same order. A rank
 that has nothing of a parameter does not have its name.
@@ -125,8 +125,8 @@ def group_of(source: TensorParallelCheckpoint, groups: Sequence[ParamGroup]) -> 
 
 
 def _names(source: TensorParallelCheckpoint, groups: Sequence[ParamGroup]) -> list[str]:
-    """The parameters of all ranks in the order of the optimizer, as far as it can be
-    known."""
+    """The parameters of all ranks in the order of the optimizer,
+    as far as it can be known."""
     every_name = {name for group in groups for name in group.shapes}
     unknown_names = [name for name in every_name if name not in source.cuts]
     if unknown_names:
@@ -166,8 +166,8 @@ def _tensor(
 def universal_entries_of(
     source: TensorParallelCheckpoint, root: Mapping[Any, Any]
 ) -> dict[str, dict[str, Any]]:
-    """The entries of universal files on the parameters; ``root`` is that of a model
-    file."""
+    """The entries of universal files on the parameters;
+    ``root`` is that of a model file."""
     info = root.get(roots.INFO)
     records = info if isinstance(info, dict) else {}
     return {

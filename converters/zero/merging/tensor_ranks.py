@@ -1,5 +1,5 @@
-"""A whole checkpoint cut for tensor-parallel ranks: what the files of each are made
-from.
+"""A whole checkpoint cut for tensor-parallel ranks:
+what the files of each are made from.
 
 How parameters are cut is what the checkpoint itself was cut by, for another number of
 ranks, or the user's rules. It is written down in every model file as DeepSpeed does it
@@ -193,8 +193,8 @@ def _layout(
 
 
 def _group(group: ParamGroup, shard: Callable[[str, TensorRef], TensorRef]) -> ParamGroup:
-    """What a rank has of a param group: DeepSpeed leaves out what the rank has nothing
-    of."""
+    """What a rank has of a param group:
+    DeepSpeed leaves out what the rank has nothing of."""
     shards = {name: shard(name, group.values[WEIGHTS][name]) for name in group.shapes}
     shapes = {name: tensor.shape for name, tensor in shards.items() if tensor.numel}
     values = {

@@ -29,8 +29,8 @@ _SUB_PARAMETERS = Global("deepspeed.checkpoint.universal_checkpoint", "SubparamS
 
 
 def entries_of(name: str, layout: Cut, is_vocabulary: bool) -> dict[str, Any]:
-    """The entries of a parameter that is cut so; empty for one that every rank has
-    whole."""
+    """The entries of a parameter that is cut so;
+    empty for one that every rank has whole."""
     parts = degrees.sub_parameters(layout)
     if parts is None:  # each rank has all of it, or boxes that none of these entries describes
         return {}

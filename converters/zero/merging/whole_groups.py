@@ -110,8 +110,8 @@ def _name(group: ParamGroup) -> str:
 
 
 def _is_alike(first: ParamGroup, second: ParamGroup) -> bool:
-    """Whether two groups have the same options, but for their names, and the same
-    states."""
+    """Whether two groups have the same options,
+    but for their names, and the same states."""
     options, counterparts = (
         {key: value for key, value in (group.options or {}).items() if key != "name"}
         for group in (first, second)

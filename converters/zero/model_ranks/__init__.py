@@ -1,5 +1,5 @@
-"""The common ground of states that more than ZeRO split up: files of several kinds and
-ranks.
+"""The common ground of states that more than ZeRO split up:
+files of several kinds and ranks.
 
 folder_files     the files of a tag, by every number in their names
 one_save         whether they are of one save

@@ -15,8 +15,8 @@ from converters.source import MASTERS, Source
 
 
 def of(source: Source) -> Source:
-    """The same with the weights of the model files, and the fp32 ones as what they are
-    compared with.
+    """The same with the weights of the model files,
+    and the fp32 ones as what they are compared with.
 
     ``CheckpointError`` where the files do not have them.
     """

@@ -97,8 +97,8 @@ def _add(files: FolderFiles, place: Place, pattern: LazyPattern[str], match: re.
 
 
 def read(path: Path) -> State:
-    """A state file; ``CheckpointError`` if it is damaged, or was saved under another
-    name."""
+    """A state file; ``CheckpointError`` if it is damaged,
+    or was saved under another name."""
     state = state_files.read(path)
     saved_as = state.file.saved_as
     saved_identity = _identity(f"{saved_as}.pt") if saved_as else None

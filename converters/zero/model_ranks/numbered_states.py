@@ -68,8 +68,8 @@ def of_group(optimizer: Section, group: Mapping[Any, Any]) -> list[State]:
 
 
 def shape_of(state: State) -> Shape | None:
-    """The shape that all tensors of a state have; ``None`` if they tell none, or
-    several."""
+    """The shape that all tensors of a state have;
+    ``None`` if they tell none, or several."""
     shapes = {
         value.shape
         for key, value in state.items()

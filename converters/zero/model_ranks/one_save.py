@@ -53,8 +53,8 @@ def require_one_model_rank(place: Place, files: FolderFiles, model: State) -> No
 
 
 def experts_and_more(place: Place) -> CheckpointError:
-    """The error for experts on several model-parallel ranks, where nothing says which is
-    whose."""
+    """The error for experts on several model-parallel ranks,
+    where nothing says which is whose."""
     return CheckpointError(
         f"{place.folder} is of experts and of tensor or pipeline parallelism (mp_rank_01 and "
         f"up); of both only AutoEP with AutoTP is merged: {LOAD_THERE}",

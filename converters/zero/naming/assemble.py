@@ -16,8 +16,8 @@ from converters.zero.files.state_files import State
 
 @dataclass(slots=True)
 class Parameters:
-    """The facts that a stage knows of a model's parameters by name, not yet in the
-    module's order.
+    """The facts that a stage knows of a model's parameters by name,
+    not yet in the module's order.
 
     ``masters`` are the trained ones, ``frozen`` the others, ``aliases`` map tied names
     to either. ``buffers`` are the names of buffers, ``copies`` the masters' values once

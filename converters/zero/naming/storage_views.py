@@ -1,5 +1,5 @@
-"""Names by storage: the trained tensors of ``module`` are views into flat 16-bit
-storages.
+"""Names by storage:
+the trained tensors of ``module`` are views into flat 16-bit storages.
 
     storage of a group   |--- a ---|------ b ------|- c -|pad|      16 bits an element
     fp32 partitions      |--- a ---|------ b ------|- c -|          the same element offsets

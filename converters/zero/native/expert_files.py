@@ -1,5 +1,5 @@
-"""A checkpoint of experts for other expert ranks, world sizes and stages, as a plan of
-files.
+"""A checkpoint of experts for other expert ranks,
+world sizes and stages, as a plan of files.
 
     mp_rank_00_model_states.pt                    the model without experts
     layer_L_expert_E_mp_rank_00_model_states.pt   stages 1, 2: expert E of all, in 16 bits
@@ -150,8 +150,8 @@ def _local_names(
 def _frozen_experts(
     checkpoint: ExpertsCheckpoint, local_counts: Mapping[str, int]
 ) -> Iterator[str]:
-    """The frozen parameters of the experts of the first expert rank, which have local
-    names."""
+    """The frozen parameters of the experts of the first expert rank,
+    which have local names."""
     for name in checkpoint.weights.frozen:
         match = NATIVE.fullmatch(name)
         if match is not None and int(match["expert"]) < local_counts[match["prefix"]]:

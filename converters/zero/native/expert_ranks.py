@@ -1,5 +1,5 @@
-"""The part of a whole checkpoint that each expert rank has, for any number of expert
-ranks.
+"""The part of a whole checkpoint that each expert rank has,
+for any number of expert ranks.
 
     world size 4, 2 expert ranks       rank 0   1   2   3
     use_data_before... is not set      expert rank 0   1   0   1
@@ -46,8 +46,8 @@ class ExpertRanks:
 
     @staticmethod
     def of(checkpoint: ExpertsCheckpoint, topology: TargetTopology) -> ExpertRanks:
-        """The expert ranks of the target; ``CheckpointError`` for what DeepSpeed does
-        not load."""
+        """The expert ranks of the target;
+        ``CheckpointError`` for what DeepSpeed does not load."""
         require(checkpoint, topology)
         return ExpertRanks(topology.expert_ranks, topology.world_size, checkpoint.is_block)
 
@@ -103,8 +103,8 @@ class ExpertRanks:
     def _local_tensors(
         self, tensors: Mapping[str, TensorRef], local_counts: Mapping[str, int], expert_rank: int
     ) -> Iterator[tuple[str, TensorRef]]:
-        """The experts of an expert rank by their local names: single ones, and parts of
-        stacks."""
+        """The experts of an expert rank by their local names: single ones,
+        and parts of stacks."""
         for name, tensor in tensors.items():
             match = NATIVE.fullmatch(name)
             if match is None:

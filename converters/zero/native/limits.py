@@ -1,5 +1,5 @@
-"""The limits of resharding: what is not cut up for other ranks or another stage, and
-why."""
+"""The limits of resharding:
+what is not cut up for other ranks or another stage, and why."""
 
 from __future__ import annotations
 

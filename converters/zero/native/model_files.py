@@ -79,8 +79,8 @@ def model_trees(
 def _common_keys(
     checkpoint: Checkpoint, groups: Sequence[ParamGroup], target: TargetTopology
 ) -> Tree:
-    """The values that are the same for all ranks: world size and order of the
-    parameters.
+    """The values that are the same for all ranks:
+    world size and order of the parameters.
 
     The parameters have their own names there.
     """

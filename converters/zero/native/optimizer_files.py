@@ -70,8 +70,8 @@ def _as_given(group: ParamGroup, checkpoint: Checkpoint, target: TargetTopology)
 
 
 def with_loss_scale(optimizer_state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """An ``optimizer_state_dict`` with the loss scale and stage that BF16_Optimizer
-    lacks.
+    """An ``optimizer_state_dict`` with the loss scale
+    and stage that BF16_Optimizer lacks.
 
     As the other optimizers say it of bf16 (``CreateLossScaler``,
     runtime/fp16/loss_scaler.py).
@@ -277,8 +277,8 @@ def _fragments(
 def _rank_vectors(
     group: ParamGroup, names: Iterable[str], world_size: int
 ) -> dict[str, list[TensorRef]]:
-    """The vectors of all ranks for a sub-group with these parameters: weights and
-    states."""
+    """The vectors of all ranks for a sub-group with these parameters:
+    weights and states."""
     ordered_names = list(names)
     return {
         key: partitioning.partition_parameters(

@@ -89,8 +89,8 @@ class Provenance:
         return TensorRef(tensor.dtype, (tensor.numel,), cuts.tensors[index])
 
     def _cuts_of(self, vectors: RankVectors, dtype: DType) -> Cuts | None:
-        """What the vectors of all ranks were cut out of; ``None`` if it is not one
-        thing."""
+        """What the vectors of all ranks were cut out of;
+        ``None`` if it is not one thing."""
         cuts: Cuts | None = None
         for rank, vector in enumerate(vectors):
             offsets, placements = self.places[vector.path]

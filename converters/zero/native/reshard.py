@@ -1,5 +1,5 @@
-"""A checkpoint of ZeRO 1, 2 or 3 for another world size or stage, as a plan of
-DeepSpeed's files.
+"""A checkpoint of ZeRO 1, 2 or 3 for another world size or stage,
+as a plan of DeepSpeed's files.
 
     checkpoint, param_groups   every parameter, weights and state, whatever it is cut up for
     optimizer_files            cut up for the target, and the objects that optimizer files hold
@@ -152,8 +152,8 @@ def plan(
 def _by_tensor_rank(
     checkpoint: Checkpoint, tensor_ranks: TensorRanks | None
 ) -> Iterator[Checkpoint]:
-    """What the files of each tensor-parallel rank are made from; of one the checkpoint
-    itself."""
+    """What the files of each tensor-parallel rank are made from;
+    of one the checkpoint itself."""
     if tensor_ranks is None:
         yield checkpoint
         return

@@ -45,8 +45,8 @@ def require_arguments(
 
 @dataclass(frozen=True, slots=True)
 class TargetTopology:
-    """The topology to make: stage, world size, and the settings that the layout depends
-    on.
+    """The topology to make: stage, world size,
+    and the settings that the layout depends on.
 
     ``dealt`` is round_robin_gradients and ``aligned`` parameter_alignment, both of
     stages 1 and 2; ``sub_group_size`` is of stage 3. ``itemsize`` is that of the

@@ -1,5 +1,5 @@
-"""DeepSpeed's tensor parallelism: state files of several model-parallel ranks, as one
-model.
+"""DeepSpeed's tensor parallelism: state files of several model-parallel ranks,
+as one model.
 
 lanes            the files of each model-parallel rank, read as a checkpoint of its own
 lane_states      the optimizer's state of each, by name

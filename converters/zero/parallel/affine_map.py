@@ -1,5 +1,5 @@
-"""Cuts out of DeepSpeed's affine map, which says for every piece of a shard where it
-belongs.
+"""Cuts out of DeepSpeed's affine map,
+which says for every piece of a shard where it belongs.
 
     params {pattern: {logical_shape, ranks {r: {shard_shape, pieces [{shape, source,
     dest}]}}}}
@@ -67,8 +67,8 @@ def entry_of(layout: Cut) -> dict[str, Any]:
 
 
 def cut_from(content: Any, rank_count: int) -> Cut:
-    """The cut that an entry of the map describes; ``MalformedError`` for what is no
-    boxes."""
+    """The cut that an entry of the map describes;
+    ``MalformedError`` for what is no boxes."""
     content = value(content, dict, "an entry of the affine map")
     shape = _shape(content, "logical_shape")
     ranks = entry(content, "ranks", dict)

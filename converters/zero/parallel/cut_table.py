@@ -1,5 +1,5 @@
-"""Which source says how a parameter is cut: the user's rules, the affine map, the
-patterns.
+"""Which source says how a parameter is cut:
+the user's rules, the affine map, the patterns.
 
 Where none does nothing is guessed. The refusal lists the parameters with the shapes of
 their shards, as a template of the file that ``--tp-rules`` takes.

@@ -1,5 +1,5 @@
-"""How a parameter is cut for tensor parallelism: boxes of it, each in the shard of a
-rank.
+"""How a parameter is cut for tensor parallelism:
+boxes of it, each in the shard of a rank.
 
     column parallel   rank 0 | rank 1     along axis 0: a linear layer's outputs
     row parallel      the same on axis 1, its inputs

@@ -26,8 +26,8 @@ _current: ContextVar[Info | None] = ContextVar("engine_cuts", default=None)
 
 @contextmanager
 def using(info: Info | None) -> Iterator[None]:
-    """Cuts as this engine does what is written for tensor-parallel ranks in this
-    block."""
+    """Cuts as this engine does what is written
+    for tensor-parallel ranks in this block."""
     token = _current.set(info)
     try:
         yield
@@ -41,8 +41,8 @@ def are_known() -> bool:
 
 
 def table_for(model: State, rank_count: int) -> CutTable | None:
-    """The cuts of the engine, for a checkpoint of this model file; ``None`` where none
-    is known."""
+    """The cuts of the engine,
+    for a checkpoint of this model file; ``None`` where none is known."""
     info = _current.get()
     if info is None:
         return None

@@ -26,8 +26,8 @@ IN_ORDER = (
 
 
 def with_states(lane: Checkpoint) -> Checkpoint:
-    """The lane with its optimizer's state by name, and a note on what was taken for
-    granted."""
+    """The lane with its optimizer's state by name,
+    and a note on what was taken for granted."""
     optimizer = lane.model.root.get("optimizer")
     if lane.ranks or not isinstance(optimizer, dict) or "param_groups" not in optimizer:
         return replace(lane, optimizer=partial(optimizer_state.read, lane))

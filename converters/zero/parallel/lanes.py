@@ -58,8 +58,8 @@ def _require_numbered(place: Place, ranks: Sequence[int], count: int) -> None:
 
 
 def _refuse_pipeline(model: State, count: int) -> None:
-    """``CheckpointError`` where model-parallel ranks are stages, or not all tensor
-    parallel.
+    """``CheckpointError`` where model-parallel ranks are stages,
+    or not all tensor parallel.
 
     Source: DeepSpeed 0.19.5 ``runtime/engine.py`` (``_checkpoint_parallel_metadata``).
     """

@@ -61,8 +61,8 @@ class TensorParallelCheckpoint(Source):
 
 
 def _state(lane: Source, owner: str) -> Mapping[str, Value]:
-    """What a rank keeps for its shard of a parameter; nothing where it has no elements
-    of it."""
+    """What a rank keeps for its shard of a parameter;
+    nothing where it has no elements of it."""
     name = lane.weights.aliases.get(owner, owner)
     shard = lane.weights.tensors.get(name)
     has_elements = shard is not None and shard.numel
@@ -70,8 +70,8 @@ def _state(lane: Source, owner: str) -> Mapping[str, Value]:
 
 
 def of_lanes(lanes: Sequence[Source], table: CutTable, kind: str) -> TensorParallelCheckpoint:
-    """The model that lanes of one save make up; ``table`` says how its parameters are
-    cut.
+    """The model that lanes of one save make up;
+    ``table`` says how its parameters are cut.
 
     ``kind`` is the row of ``converters.detect``. ``CheckpointError`` where shards do not
     fit together, or nothing says how they do.

@@ -57,8 +57,8 @@ def cut_of(info: Mapping[str, Any], name: str, shapes: Shapes) -> Cut:
 
 
 def is_vocabulary(info: Mapping[str, Any], name: str) -> bool:
-    """Whether the rows of a parameter are those of a vocabulary, which may have been
-    padded."""
+    """Whether the rows of a parameter are those of a vocabulary,
+    which may have been padded."""
     return _only(listed(info, VOCABULARY), name) is not None
 
 
@@ -68,8 +68,8 @@ def begins(pattern: str, name: str) -> bool:
 
 
 def _only(patterns: Iterable[str], name: str) -> str | None:
-    """The pattern that fits; ``MalformedError`` for several, of which DeepSpeed takes
-    none."""
+    """The pattern that fits; ``MalformedError`` for several,
+    of which DeepSpeed takes none."""
     fitting = [pattern for pattern in dict.fromkeys(patterns) if begins(pattern, name)]
     if len(fitting) > 1:
         raise MalformedError(f"the patterns {' and '.join(fitting[:3])} both fit it")
@@ -87,8 +87,8 @@ def listed(info: Mapping[str, Any], key: str) -> Sequence[str]:
 
 
 def _parts(info: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], str] | None:
-    """What is recorded of the sub-parameters of a parameter, and the pattern that fits
-    it."""
+    """What is recorded of the sub-parameters of a parameter,
+    and the pattern that fits it."""
     records = info.get(PARTS) or ()
     if not isinstance(records, (list, tuple)):
         raise MalformedError(f"{PARTS} is {state_files.shown(records)}, expected a list")

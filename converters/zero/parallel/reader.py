@@ -1,5 +1,5 @@
-"""A checkpoint of tensor parallelism as a ``Source``: the row
-"deepspeed-model-parallel"."""
+"""A checkpoint of tensor parallelism as a ``Source``:
+the row "deepspeed-model-parallel"."""
 
 from __future__ import annotations
 

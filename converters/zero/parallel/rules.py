@@ -166,8 +166,8 @@ _current: ContextVar[Rules | None] = ContextVar("rules", default=None)
 
 @contextmanager
 def using(path: Name | None) -> Iterator[None]:
-    """Checkpoints that are read in this block are cut by the rules of a file, if one is
-    named."""
+    """Checkpoints that are read in this block are cut by the rules of a file,
+    if one is named."""
     token = _current.set(None if path is None else read(path))
     try:
         yield

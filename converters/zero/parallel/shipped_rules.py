@@ -1,5 +1,5 @@
-"""Rules for frameworks that cut every model alike, by the name that ``--tp-rules``
-takes.
+"""Rules for frameworks that cut every model alike,
+by the name that ``--tp-rules`` takes.
 
     megatron-gpt   Megatron's GPT with its MLP in one piece (GELU), also as a pipeline
     gpt-neox       GPT-NeoX, whose layers have ``attention`` for ``self_attention``

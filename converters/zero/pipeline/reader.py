@@ -1,5 +1,5 @@
-"""A pipeline's states as a ``Source``: the row "deepspeed-pipeline" of
-``converters.detect``."""
+"""A pipeline's states as a ``Source``:
+the row "deepspeed-pipeline" of ``converters.detect``."""
 
 from __future__ import annotations
 

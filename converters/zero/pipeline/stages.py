@@ -136,8 +136,8 @@ def _stages(place: Place, lane: LaneFiles) -> list[Stage]:
 
 
 def shapes_of(stage: Stage) -> list[dict[str, Shape]]:
-    """The shapes of a stage's parameters by group; of vectors where no file records
-    them."""
+    """The shapes of a stage's parameters by group;
+    of vectors where no file records them."""
     shapes = state_files.shapes(stage.model, "param_shapes")
     shapes = shapes or state_files.shapes(stage.ranks[0], "param_shapes")
     if shapes is None:  # BF16_Optimizer of a pipeline, 0.16 to 0.19.8
@@ -210,8 +210,8 @@ def _named_parameters(
 def named_by_layer(
     layers: Mapping[int, Mapping[str, object]], homes: Sequence[tied_modules.Home]
 ) -> dict[str, object]:
-    """The values in the layer files, in the order of the layers, under the model's
-    names."""
+    """The values in the layer files,
+    in the order of the layers, under the model's names."""
     prefixes = {home.layer: home.prefix for home in homes}
     surplus_copies = {layer for home in homes for layer in home.further_layers}
     return {
@@ -224,8 +224,8 @@ def named_by_layer(
 
 
 def _copy(model: State, name: str, master: TensorRef, layers: Layers) -> TensorRef | None:
-    """The 16-bit copy of a parameter in the file of its layer; ``None`` if it has no
-    layer."""
+    """The 16-bit copy of a parameter in the file of its layer;
+    ``None`` if it has no layer."""
     match = _NUMBERED.fullmatch(name)
     if match is None:
         return None
@@ -258,8 +258,8 @@ def require_shape(layer: State, name: str, shape: Shape, master: TensorRef) -> N
 def _add_untrained(
     stages: Sequence[Stage], parameters: Parameters, module: Mapping[str, object]
 ) -> None:
-    """Adds what the layer files alone have: tied names within a stage, frozen
-    parameters."""
+    """Adds what the layer files alone have:
+    tied names within a stage, frozen parameters."""
     shared_names: dict[str, str] = {}
     for stage in stages:
         model = with_module(stage.model, module)

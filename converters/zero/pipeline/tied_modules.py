@@ -1,5 +1,5 @@
-"""Tied modules of a pipeline: several stages have a copy, and one of them is the
-model's.
+"""Tied modules of a pipeline: several stages have a copy,
+and one of them is the model's.
 
     stage 0   tied_modules.embed.weight        layer_00    the model's
     stage 1   tied_modules.embed.weight                    the head

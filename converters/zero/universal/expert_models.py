@@ -1,5 +1,5 @@
-"""The entries of universal files on AutoEP's experts, as ``ds_to_universal.py`` has
-them.
+"""The entries of universal files on AutoEP's experts,
+as ``ds_to_universal.py`` has them.
 
     zero/NAME.experts.w1/fp32.pt     the stack of all experts, marked as one of experts
     mp_rank_00_model_states.pt       the stacks of the first expert rank in param_shapes, and
@@ -32,8 +32,8 @@ _NAME = "name"  # of a param group of experts: it has the number of expert ranks
 
 
 def require_stacks(checkpoint: ExpertsCheckpoint) -> None:
-    """``CheckpointError`` for DeepSpeed-MoE, and for what has groups of two numbers of
-    ranks."""
+    """``CheckpointError`` for DeepSpeed-MoE,
+    and for what has groups of two numbers of ranks."""
     if checkpoint.layers:
         return
     raise CheckpointError(

@@ -39,8 +39,8 @@ TIED = "pipeline_replicated_parameter_patterns"
 
 @dataclass(frozen=True, slots=True)
 class MergedModel:
-    """One model file for all; the files that its tensors lie in; what a user should
-    know."""
+    """One model file for all; the files that its tensors lie in;
+    what a user should know."""
 
     model: State
     files: tuple[State, ...]
@@ -155,8 +155,8 @@ def _has_module(lane: State) -> bool:
 
 
 def _module(lanes: Sequence[State], table: CutTable) -> dict[str, object]:
-    """The whole model's state dict; of stage 3 what the first rank has, where that is
-    all."""
+    """The whole model's state dict;
+    of stage 3 what the first rank has, where that is all."""
     if not _has_module(lanes[0]):
         return {}
     if lanes[0].path.name.startswith("zero_pp_rank_"):
@@ -208,8 +208,8 @@ def _note_tied(
     stage_group: Mapping[str, Shape],
     notes: list[str],
 ) -> None:
-    """A line on tied modules whose last copy DeepSpeed kept, which may not be the
-    model's."""
+    """A line on tied modules whose last copy DeepSpeed kept,
+    which may not be the model's."""
     info = model.root.get("universal_checkpoint_info")
     listed = patterns.listed(info if isinstance(info, dict) else {}, TIED)
     repeated = [

@@ -51,14 +51,14 @@ def folder_name(name: str) -> str:
 
 
 def elsewhere(key: str) -> str:
-    """The value that ``ckpt`` writes into ``optimizer_state.pt`` for a state with its
-    own files."""
+    """The value that ``ckpt`` writes into ``optimizer_state.pt``
+    for a state with its own files."""
     return f"zero/*/{key}.pt"
 
 
 def states_in(inner: Path) -> dict[str, set[str]]:
-    """The files in the folders of parameters, by the name of the folder, without
-    ``.pt``.
+    """The files in the folders of parameters,
+    by the name of the folder, without ``.pt``.
 
     One listing serves all of them: a folder may have one for each of 10,000 parameters.
     """
@@ -248,8 +248,8 @@ def _constants(
 
 
 def number(node: Any) -> Any:
-    """The value of a number that may be a tensor in a tree; ``MalformedError`` for what
-    is neither."""
+    """The value of a number that may be a tensor in a tree;
+    ``MalformedError`` for what is neither."""
     if isinstance(node, Call) and node.args and isinstance(node.args[0], Storage):
         return state_files.scalar(node.args[0].ref)
     if node is None or isinstance(node, (int, float, str)):

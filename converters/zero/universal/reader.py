@@ -120,8 +120,8 @@ def find(path: Path, tag: str | None = None) -> discovery.Place:
 
 
 def _instead(path: Path) -> CheckpointError:
-    """A sentence on what lies at a path instead of a universal checkpoint, and what
-    handles it."""
+    """A sentence on what lies at a path instead of a universal checkpoint,
+    and what handles it."""
     detection = detect(path)
     if detection.kind.name == UNIVERSAL:  # which is read here
         return CheckpointError(f"{path} has no tag with a folder zero", "incomplete")

@@ -1,5 +1,5 @@
-"""A universal folder as a ``Source``: the row "deepspeed-universal" of
-``converters.detect``.
+"""A universal folder as a ``Source``:
+the row "deepspeed-universal" of ``converters.detect``.
 
 Each parameter has its files in a folder of its own, so that nothing has to be joined:
 the weights are those of ``fp32.pt``, the optimizer's state that of ``exp_avg.pt`` and so

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from itertools import chain
+from heapq import merge
 from typing import Literal, NamedTuple
 
 from converters.computing.computed import copies, described, stored
@@ -79,12 +79,14 @@ class Shard:
     crc_slots: tuple[tuple[int, str], ...] = ()
 
     def __post_init__(self) -> None:
-        literals = ((offset, len(data)) for offset, data in self.literals)
-        tensors = ((placement.offset, placement.nbytes) for placement in self.placements)
-        spans = chain(literals, tensors)
+        literals = sorted((offset, len(data)) for offset, data in self.literals)
+        placements = sorted(self.placements, key=lambda placement: placement.offset)
+        tensors = ((placement.offset, placement.nbytes) for placement in placements)
 
         covered_end = 0
-        for offset, length in sorted(span for span in spans if span[1]):
+        for offset, length in merge(literals, tensors):  # no list of pairs: there may be 100,000
+            if not length:
+                continue
             if offset != covered_end:
                 first, last = sorted((offset, covered_end))
                 raise ValueError(f"{self.filename}: bytes {first} to {last}")

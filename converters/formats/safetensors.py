@@ -59,25 +59,26 @@ def _shard(filename: str, entries: Sequence[Entry], _shared: Mapping[str, str]) 
     from converters.plan import Shard
 
     ordered = sorted(entries, key=lambda entry: (-_WIDTH[entry.dtype], entry.name))
-    header_parts, starts, offset = ['{"__metadata__":{"format":"pt"}'], [], 0
-    for entry in ordered:  # one at a time: as objects, 100,000 tensors take 40 MB
+    # One at a time, and bytes at once: as objects, 100,000 tensors take 60 MB.
+    header = bytearray(8) + b'{"__metadata__":{"format":"pt"}'
+    offset = 0
+    for entry in ordered:
         stop = offset + entry.nbytes
         shape = counted(entry.source.shape, entry.dtype)
-        offsets = [offset, stop]
-        description = {"dtype": entry.dtype.value, "shape": shape, "data_offsets": offsets}
-        header_parts.append(f"{_json(entry.name)}:{_json(description)}")
-        starts.append(offset)
+        description = {"dtype": entry.dtype.value, "shape": shape, "data_offsets": [offset, stop]}
+        header += f",{_json(entry.name)}:{_json(description)}".encode()
         offset = stop
 
-    text = (",".join(header_parts) + "}").encode()
-    text += b" " * (-len(text) % 8)
-    tensors_start = 8 + len(text)
-    head = len(text).to_bytes(8, "little") + text
-    placements = tuple(
-        entry.at(tensors_start + entry_start)
-        for entry, entry_start in zip(ordered, starts, strict=True)
-    )
-    return Shard(filename, tensors_start + offset, ((0, head),), placements)
+    header += b"}"
+    header += b" " * (-len(header) % 8)
+    header[:8] = (len(header) - 8).to_bytes(8, "little")
+
+    place, placements = len(header), []
+    for entry in ordered:
+        placements.append(entry.at(place))
+        place += entry.nbytes
+
+    return Shard(filename, place, ((0, bytes(header)),), tuple(placements))
 
 
 def counted(shape: Sequence[int], dtype: DType) -> list[int]:

@@ -100,7 +100,7 @@ def _four_bits(modules: Modules) -> Iterator[QuantizedGroup]:
     """``Linear4bit``: X with X.absmax,
     X.quant_map and X.quant_state.bitsandbytes__nf4."""
     for weight, leaves in modules:
-        states = modules.children.get(f"{weight}.quant_state", {})
+        states = modules.leaves(f"{weight}.quant_state")
         state = next((leaf for leaf in states if leaf.startswith("bitsandbytes__")), None)
         if "absmax" not in leaves or not (state or "quant_map" in leaves):
             continue

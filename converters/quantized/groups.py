@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 from converters.tensors import DType, TensorRef, Weights
 
@@ -37,13 +38,24 @@ class Modules:
 
     def __init__(self, weights: Weights):
         self.weights = weights
-        self.children: dict[str, dict[str, str]] = {}
-        for name in (*weights.tensors, *weights.aliases):
-            prefix, _, leaf = name.rpartition(".")
-            self.children.setdefault(prefix, {})[leaf] = name
+        # As dictionaries, 100,000 modules of one tensor take 40 MB.
+        self._names: dict[str, str | list[str]] = {}
+        for name in chain(weights.tensors, weights.aliases):
+            prefix = name.rpartition(".")[0]
+            before = self._names.setdefault(prefix, name)
+            if isinstance(before, list):
+                before.append(name)
+            elif before is not name:
+                self._names[prefix] = [before, name]
 
     def __iter__(self) -> Iterator[tuple[str, Mapping[str, str]]]:
-        return iter(self.children.items())
+        return ((prefix, self.leaves(prefix)) for prefix in self._names)
+
+    def leaves(self, prefix: str) -> Mapping[str, str]:
+        """The names under a prefix, by their last part; none where there is no such module."""
+        names = self._names.get(prefix, [])
+        names = [names] if isinstance(names, str) else names
+        return {name.rpartition(".")[2]: name for name in names}
 
     def ref(self, name: str) -> TensorRef:
         """The tensor of a name, tied ones too."""

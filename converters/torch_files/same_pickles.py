@@ -15,29 +15,27 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
-from zlib import crc32
 
 from converters.pickles.values import Call, Global, TypedRecord
 from converters.storage import open_files
 from converters.tensors import Checksum, Extent, Listed, Strided, TensorRef
 from converters.torch_files.torch_file import Storage
 
-MAX_EXAMPLE_BYTES = 32 << 20  # of a pickle that is kept with its object, which is larger
+MAX_EXAMPLE_BYTES = 32 << 20  # of a pickle whose object, which is larger, is kept
 MAX_DEPTH = 100  # levels of an object that is moved, four calls each; DeepSpeed's have about ten
 _CONSTANTS = (str, int, float, bool, bytes, type(None), Global, TypedRecord)
 
 
 class Example(NamedTuple):
-    """A file that was interpreted: its pickle, its object,
-    and its storages by their keys.
+    """A file that was interpreted: its object, and its storages by their keys.
 
     ``fixed`` are what of the object is the same in all files, by identity, once that is
     known.
     """
 
-    data: bytes
     root: Any
     storages: Mapping[str, Checksum]
     fixed: set[int]
@@ -51,13 +49,13 @@ def example_of(data: bytes, form: str) -> Example | None:
     """A file of this command with the same pickle
     that was read in the same form, if any."""
     example = open_files.example(_key(data, form))
-    return example if isinstance(example, Example) and example.data == data else None
+    return example if isinstance(example, Example) else None
 
 
-def keep(form: str, example: Example) -> None:
-    """Keeps a file as an example for the others of this command."""
-    if len(example.data) <= MAX_EXAMPLE_BYTES:
-        open_files.keep_example(_key(example.data, form), example)
+def keep(data: bytes, form: str, example: Example) -> None:
+    """Keeps a file with this pickle as an example for the others of this command."""
+    if len(data) <= MAX_EXAMPLE_BYTES:
+        open_files.keep_example(_key(data, form), example)
 
 
 def moved(example: Example, path: Path, locate: Callable[[str], Checksum]) -> Any:
@@ -77,8 +75,9 @@ def moved(example: Example, path: Path, locate: Callable[[str], Checksum]) -> An
     return _Move(places, path, example.fixed).value(example.root, 0)
 
 
-def _key(data: bytes, form: str) -> tuple[str, int, int]:
-    return form, len(data), crc32(data)
+def _key(data: bytes, form: str) -> tuple[str, int, bytes]:
+    """By digest: the pickle of 100,000 tensors would be 10 MB to keep."""
+    return form, len(data), sha256(data).digest()
 
 
 class _Move:

@@ -100,7 +100,7 @@ def _root(
         raise CheckpointError(f"{records.path}: {excess} bytes follow its pickle")
 
     if form:
-        same_pickles.keep(form, same_pickles.Example(data, root, records.storages_by_key, set()))
+        same_pickles.keep(data, form, same_pickles.Example(root, records.storages_by_key, set()))
     return root
 
 

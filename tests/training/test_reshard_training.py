@@ -193,7 +193,7 @@ def test_muon_goes_on_as_if_nothing_had_happened(
     universal.execute(universal.plan_to(tmp_path / "3", output=folder))
     universal.execute(universal.plan_from(folder, 3, stage=1, output=tmp_path / "3-native"))
     assert held(tmp_path / "3-native") == held(tmp_path / "3-1-start")
-    with pytest.raises(CheckpointError, match="with zero_init=True or zero_init=False"):
+    with pytest.raises(CheckpointError, match="pass zero_init=True or zero_init=False"):
         universal.plan_from(folder, 1, stage=3)
     planned = universal.plan_from(
         folder, 3, stage=3, zero_init=True, output=tmp_path / "3-native-3"

@@ -269,7 +269,10 @@ def test_a_shard_that_was_damaged_is_named(tmp_path: Path) -> None:
     ref, checksums = _sharded(tmp_path, torch.randn(512, 512), 4, 1)
     with (tmp_path / "rank2").open("r+b") as file:
         file.seek(1234)
-        file.write(b"\0")
+        byte = file.read(1)[0]
+        file.seek(1234)
+        file.write(bytes([byte ^ 1]))
+
     plan = safetensors.plan(Weights({"w": ref}, checksums=checksums), None, 1 << 40, "keep")
     with pytest.raises(CheckpointError, match=r"rank2 is damaged"):
         shards.execute(plan, tmp_path / "out")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 
+from converters.execute.source_reader import same_bytes
 from converters.tensors import DType
 
 MAX_NUMBERS = 1 << 18  # 25 ms, at 0.1 us each
@@ -22,7 +23,7 @@ def is_certain(values: memoryview, dtype: DType, copy: memoryview, copy_dtype: D
     them, as NaN are.
     """
     if dtype is copy_dtype:
-        return bytes(values) == bytes(copy)
+        return same_bytes(values, copy)
     if dtype is not DType.F32:
         return False
     if copy_dtype is DType.BF16:

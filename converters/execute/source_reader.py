@@ -80,7 +80,7 @@ class SourceReader:
             values = self.second[: min(step, len(expected) - first)]
             self.take(replica, start + first // itemsize, values)
             expected_values = expected[first : first + len(values)]
-            if not _same_bytes(values, expected_values):
+            if not same_bytes(values, expected_values):
                 place = _first_difference(values, expected_values)
                 element = start + (first + place) // itemsize
                 raise UnlikeError(self.name, tensor, replica, element)
@@ -121,7 +121,7 @@ class SourceReader:
         return isal_zlib.crc32(window) if self.ledger is not None else 0
 
 
-def _same_bytes(first: memoryview, second: memoryview) -> bool:
+def same_bytes(first: memoryview, second: memoryview) -> bool:
     """Whether two buffers hold the same; eight bytes at a time, which is faster."""
     end = len(first) // 8 * 8
     return first[end:] == second[end:] and first[:end].cast("Q") == second[:end].cast("Q")

@@ -88,7 +88,7 @@ class Fit:
         self.has_kinds |= addition.has_kinds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Absence:
     """The required names of a tree that is wholly missing, below its place; "" is the place itself.
 
@@ -100,14 +100,14 @@ class Absence:
     short: dict[str, int] = field(default_factory=dict)
     steps: int = 1
 
-    def with_part(self, part: Absence, key: str) -> Absence:
-        """The same with what is missing below a key, or at the same place if that is ""."""
+    def add(self, part: Absence, key: str) -> None:
+        """Adds what is missing below a key, or at the same place if that is ""."""
         for names, more in ((self.missing, part.missing), (self.empty, part.empty)):
             names += [f"{key}.{name}" if name and key else key or name for name in more]
         for sentence, highest in part.short.items():
             self.short[sentence] = min(highest, self.short.get(sentence, highest))
 
-        return Absence(self.missing, self.empty, self.short, self.steps + part.steps)
+        self.steps += part.steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,28 +144,28 @@ class Absences:
         absence = Absence()
         for key, child in self.nodes[reference - FIRST].items():
             if key.startswith("*"):
-                absence = absence.with_part(self._of_list(key, child, number), "")
+                absence.add(self._of_list(key, child, number), "")
             else:
                 inner_number = int(key) if is_number(key) else number
-                absence = absence.with_part(self.of(child, inner_number), key)
+                absence.add(self.of(child, inner_number), key)
 
         return absence
 
     def _of_list(self, key: str, variants: Sequence[int], number: int | None) -> Absence:
         """The absence of all members of a list, each like the smallest of its trees."""
-        rule, absence, other_steps = parse(key), Absence(steps=0), 0
+        rule, absence = parse(key), Absence(steps=0)
         count = None if rule is None else rule.of(self.config, number)
         for member in range(count or 0):
             absences = [self.of(variant, member) for variant in variants]
             smallest = min(absences, key=lambda each: len(each.missing))
-            other_steps += sum(each.steps for each in absences) - smallest.steps
-            absence = absence.with_part(smallest, str(member))
+            absence.add(smallest, str(member))
+            absence.steps += sum(each.steps for each in absences) - smallest.steps
 
         if absence.missing and rule is not None and rule.counted:
             absence.short[rule.sentence(self.config, number)] = -1
-            absence.empty[:] = absence.missing
+            absence.empty = list(absence.missing)
 
-        return absence.with_part(Absence(steps=other_steps), "")
+        return absence
 
     def _varies(self, reference: int) -> bool:
         """Whether what is missing depends on the number of the member that a tree is in."""

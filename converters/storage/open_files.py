@@ -29,8 +29,8 @@ from converters.tensors import Extent, Extents, Strided
 
 MAX_OPEN_FILES = 64
 MAX_KEPT_BYTES = 8 << 20  # of pickles whose values are kept: about 6 times as much in memory
-MAX_EXAMPLES = 8  # files that others are like: of the model and the optimizer, of a source
-# and of what is made of it, in two forms
+MAX_EXAMPLES = 12  # files that others are like: of the model and the optimizer, of a source
+# and of what is made of it, in two forms; and their directories
 _Value = TypeVar("_Value")
 
 

@@ -13,6 +13,7 @@ not behind the records.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from converters.chains import Chained, Part, parts_of
 from converters.detect.filenames import SWAPPED
 from converters.extents import per_record
 from converters.partitioned import Partitioned
-from converters.plan import Entry, Plan, Shard
+from converters.plan import Entry, Placement, Plan, Shard
 from converters.rank_cuts import RankPart
 from converters.tensors import Checksum, Extent, Extents, Listed, TensorRef, record_index
 from converters.tiles import Tiled
@@ -31,27 +32,65 @@ from converters.torch_files.pickle_writer import Pickles
 from converters.torch_files.zip_writer import Archive
 
 ALIGNMENT = 4096
+ROOT = "archive"  # the folder of the records, as torch calls it where it knows no file's name
 MAX_EXTENTS = 256  # of a placement that lists them: it is walked from the first for each piece
 
 
-def shard(filename: str, tree: Any, pickles: Pickles | None = None) -> Shard:
-    """The file; its storages are named by their keys.
+def shard(filename: str, tree: Any) -> Shard:
+    """The file; its storages are named by their keys."""
+    return RankFiles().shard(filename, tree)
 
-    ``pickles`` has those of files before, whose trees may be alike.
-    """
-    data, storages = (pickles or Pickles()).dumps(tree)
-    archive = Archive(filename.rpartition("/")[2].removesuffix(".pt"), ALIGNMENT)
+
+class RankFiles:
+    """Files of many ranks, whose trees differ in nothing but what fills the storages: so
+    one is laid out, and the others are like it."""
+
+    def __init__(self) -> None:
+        self.pickles = Pickles()
+        self.example: Shard | None = None
+        self.example_data = b""
+        self.filled: list[int] = []  # the keys of its storages that have elements
+
+    def shard(self, filename: str, tree: Any) -> Shard:
+        """The file of the next rank; its storages are named by their keys."""
+        data, storages = self.pickles.dumps(tree)
+        if self.example is not None and data is self.example_data:
+            placements = self._placements(self.example, storages)
+            if placements is not None:
+                return replace(self.example, filename=filename, placements=placements)
+
+        self.example, self.example_data = _laid_out(filename, data, storages), data
+        self.filled = [key for key, storage in enumerate(storages) if storage.numel]
+        return self.example
+
+    def _placements(
+        self, example: Shard, storages: Sequence[Storage]
+    ) -> tuple[Placement, ...] | None:
+        """What fills the storages, in the places of the example's;
+        ``None`` where it has other parts than these."""
+        parts = [part for key in self.filled for part in _entries_of(key, storages[key])]
+        places = example.placements
+        sizes = [(part.name, part.nbytes) for part in parts]
+        if sizes != [(place.name, place.nbytes) for place in places]:
+            return None
+        return tuple(part.at(place.offset) for part, place in zip(parts, places, strict=True))
+
+
+def _laid_out(filename: str, data: bytes, storages: Sequence[Storage]) -> Shard:
+    """The file with this pickle, which names these storages."""
+    archive = Archive(ROOT, ALIGNMENT)
     archive.data("data.pkl", data)
     archive.data("byteorder", b"little")
 
-    for storage_key, storage in enumerate(storages):
-        archive.tensor(
-            f"data/{storage_key}",
-            list(entries(f"storage {storage_key}", storage)),
-        )
+    for key, storage in enumerate(storages):
+        archive.tensor(f"data/{key}", list(_entries_of(key, storage)))
 
     archive.data("version", b"3\n")
     return archive.shard(filename)
+
+
+def _entries_of(key: int, storage: Storage) -> Iterator[Entry]:
+    return entries(f"storage {key}", storage)
 
 
 def plan(shards: Sequence[Shard]) -> Plan:

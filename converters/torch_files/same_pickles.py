@@ -30,13 +30,15 @@ _CONSTANTS = (str, int, float, bool, bytes, type(None), Global, TypedRecord)
 
 
 class Example(NamedTuple):
-    """A file that was interpreted: its object, and its storages by their keys.
+    """A file that was interpreted: its object, the records of its zip by name, and its
+    storages by their keys.
 
     ``fixed`` are what of the object is the same in all files, by identity, once that is
     known.
     """
 
     root: Any
+    records: Mapping[str, object]
     storages: Mapping[str, Checksum]
     fixed: set[int]
 
@@ -58,15 +60,23 @@ def keep(data: bytes, form: str, example: Example) -> None:
         open_files.keep_example(_key(data, form), example)
 
 
-def moved(example: Example, path: Path, locate: Callable[[str], Checksum]) -> Any:
-    """The object of the file ``path``;
+def moved(
+    example: Example,
+    path: Path,
+    records: Mapping[str, object],
+    locate: Callable[[str], Checksum],
+) -> Any:
+    """The object of the file ``path``, whose zip has ``records``;
     ``locate`` says where a storage lies there, by its key.
 
     ``UnmovableError`` where a storage has another size there, or the object has values
     that nothing is known of.
     """
     places = {}
+    same_sizes = records is example.records
     for key, storage in example.storages.items():
+        if same_sizes and not storage.extent.length:
+            continue  # nothing lies there: parameters that are partitioned have such storages
         counterpart = locate(key).extent
         if counterpart.length != storage.extent.length:
             raise UnmovableError

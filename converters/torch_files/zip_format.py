@@ -86,7 +86,9 @@ def _root(
     example = same_pickles.example_of(data, form) if form else None
     if example is not None:
         try:
-            return same_pickles.moved(example, records.path, records.located)
+            return same_pickles.moved(
+                example, records.path, records.directory.records, records.located
+            )
         except same_pickles.UnmovableError:
             pass
 
@@ -100,7 +102,10 @@ def _root(
         raise CheckpointError(f"{records.path}: {excess} bytes follow its pickle")
 
     if form:
-        same_pickles.keep(data, form, same_pickles.Example(root, records.storages_by_key, set()))
+        all_records = records.directory.records
+        kept_records = all_records if len(all_records) in zip_directory.EXAMPLE_RECORDS else {}
+        example = same_pickles.Example(root, kept_records, records.storages_by_key, set())
+        same_pickles.keep(data, form, example)
     return root
 
 
@@ -110,7 +115,7 @@ class _Records:
     def __init__(self, path: Path, file: File, prefix: str, directory: zip_directory.Directory):
         self.path, self.file, self.prefix, self.directory = path, file, prefix, directory
         self.headers: dict[str, bytes] = {}
-        self.unread_names = iter(directory.records)
+        self.unread_names = (name for name, record in directory.records.items() if record.size)
         self.storages_by_key: dict[str, Checksum] = {}
 
     def storage(self, persistent_id: Any) -> TensorRef | Call:

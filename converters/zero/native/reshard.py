@@ -21,7 +21,6 @@ from typing import Any
 from converters.errors import CheckpointError, consistent
 from converters.plan import Plan, Shard
 from converters.torch_files import file_plan, object_graph
-from converters.torch_files.pickle_writer import Pickles
 from converters.zero import checkpoint as zero
 from converters.zero import muon, param_groups
 from converters.zero.checkpoint import Checkpoint
@@ -167,21 +166,21 @@ def _shards(checkpoint: Checkpoint, topology: TargetTopology, model_rank: int) -
     limits.require_options(checkpoint, groups, topology)
 
     own_groups = param_groups.with_names(groups, checkpoint.names.parameters)
-    pickles = Pickles()
+    files = file_plan.RankFiles()
     for rank, group_keys in enumerate(optimizer_files.optimizer_trees(own_groups, topology)):
         root = merged.optimizer_root(checkpoint, rank)
         source_state = optimizer_state(rank_path(checkpoint, rank), root)
         optimizer = optimizer_entries(checkpoint, root, source_state, topology, group_keys)
         tree = configured(root, topology) | {"optimizer_state_dict": optimizer}
-        yield file_plan.shard(optimizer_name(checkpoint, rank, model_rank), tree, pickles)
+        yield files.shard(optimizer_name(checkpoint, rank, model_rank), tree)
 
-    pickles = Pickles()
+    files = file_plan.RankFiles()
     model_trees = model_files.model_trees(checkpoint, paths, groups, topology)
     for rank, tree in enumerate(model_trees):
         prefix = f"zero_pp_rank_{rank}_" if topology.stage == 3 else ""
         name = f"{prefix}mp_rank_{model_rank:02d}_model_states.pt"
         tree = configured(tree, topology)
-        yield file_plan.shard(f"{tag_folder(checkpoint)}/{name}", tree, pickles)
+        yield files.shard(f"{tag_folder(checkpoint)}/{name}", tree)
 
 
 def prove(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from converters.lazy_pattern import LazyPattern
@@ -29,6 +30,7 @@ _CACHES = ("k_scale", "v_scale", "q_scale", "prob_scale")  # of attention in flo
 _PLAIN = ("scale", "scale_weight")  # the factor of a float8 weight without its name
 _SCALES = ("_scale", "_scale_inv", "_scales")
 _OTHERS = ("_scale_2", "_zero_point", "_global_scale", "_g_idx", "_shape", "_format")
+_MARKS = ("absmax", "SCB", "qweight", "weight_packed", "_blocks", "W_q")  # codes of any type
 _CODES_NAME = LazyPattern(r"weight|W_q|code|packed|qdata|_data|block|proj", re.ASCII)
 _CONSTANT_NAME = LazyPattern(
     r"scale|zero|shift|absmax|codebook|centroid|meta|quant|amax|SCB|perm|g_idx|nbits|axis|shape"
@@ -49,7 +51,7 @@ def groups(
     modules = Modules(weights)
     claimed_names: set[str] = set()
     result: list[QuantizedGroup] = []
-    for finder in _FINDERS:
+    for finder in _FINDERS if _may_have_groups(weights) else ():
         for group in finder(modules):
             if claimed_names.isdisjoint(group.names):
                 claimed_names.update(group.names)
@@ -62,6 +64,15 @@ def groups(
         result += _stated(modules, stated, untrained)
 
     return tuple(result)
+
+
+def _may_have_groups(weights: Weights) -> bool:
+    """Whether any tensor has a type or a name that a group begins with: most checkpoints
+    have neither, and 100,000 modules need not be looked at."""
+    types = {tensor.dtype for tensor in weights.tensors.values()}
+    if not types.isdisjoint((*CODES, *INTEGERS)):
+        return True
+    return any(name.endswith(_MARKS) for name in chain(weights.tensors, weights.aliases))
 
 
 def _stated(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 
 from converters.tensors import DType, TensorRef, Weights
@@ -38,15 +39,21 @@ class Modules:
 
     def __init__(self, weights: Weights):
         self.weights = weights
-        # As dictionaries, 100,000 modules of one tensor take 40 MB.
-        self._names: dict[str, str | list[str]] = {}
-        for name in chain(weights.tensors, weights.aliases):
+
+    @cached_property
+    def _names(self) -> Mapping[str, str | list[str]]:
+        """The names by their prefix. Sets of one name are no lists, and none are
+        dictionaries: these take 40 MB for 100,000 modules."""
+        names_by_prefix: dict[str, str | list[str]] = {}
+        for name in chain(self.weights.tensors, self.weights.aliases):
             prefix = name.rpartition(".")[0]
-            before = self._names.setdefault(prefix, name)
+            before = names_by_prefix.setdefault(prefix, name)
             if isinstance(before, list):
                 before.append(name)
             elif before is not name:
-                self._names[prefix] = [before, name]
+                names_by_prefix[prefix] = [before, name]
+
+        return names_by_prefix
 
     def __iter__(self) -> Iterator[tuple[str, Mapping[str, str]]]:
         return ((prefix, self.leaves(prefix)) for prefix in self._names)

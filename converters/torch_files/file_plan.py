@@ -38,10 +38,10 @@ MAX_EXTENTS = 256  # of a placement that lists them: it is walked from the first
 
 def shard(filename: str, tree: Any) -> Shard:
     """The file; its storages are named by their keys."""
-    return RankFiles().shard(filename, tree)
+    return AlikeFiles().shard(filename, tree)
 
 
-class RankFiles:
+class AlikeFiles:
     """Files of many ranks, whose trees differ in nothing but what fills the storages: so
     one is laid out, and the others are like it."""
 

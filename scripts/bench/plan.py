@@ -85,7 +85,9 @@ def measure(statement: str, source: Path, output: Path, target: int) -> Cost:
     preamble = f"source, output, target = {str(source)!r}, {str(output)!r}, {str(target)!r}\n"
     report = (
         "\nimport resource as r, sys\nu = r.getrusage(r.RUSAGE_SELF)\n"
-        "print(u.ru_utime + u.ru_stime, u.ru_maxrss / 1024, file=sys.stderr)"
+        # ru_maxrss is that of the process which started this one, if that was larger
+        "peak = next(w for w in open('/proc/self/status') if w.startswith('VmHWM')).split()[1]\n"
+        "print(u.ru_utime + u.ru_stime, int(peak) / 1024, file=sys.stderr)"
     )
     guarded = f"try:\n    exec({statement!r})\nexcept SystemExit:\n    pass"
     code = preamble + guarded + report

@@ -166,7 +166,7 @@ def _shards(checkpoint: Checkpoint, topology: TargetTopology, model_rank: int) -
     limits.require_options(checkpoint, groups, topology)
 
     own_groups = param_groups.with_names(groups, checkpoint.names.parameters)
-    files = file_plan.RankFiles()
+    files = file_plan.AlikeFiles()
     for rank, group_keys in enumerate(optimizer_files.optimizer_trees(own_groups, topology)):
         root = merged.optimizer_root(checkpoint, rank)
         source_state = optimizer_state(rank_path(checkpoint, rank), root)
@@ -174,7 +174,7 @@ def _shards(checkpoint: Checkpoint, topology: TargetTopology, model_rank: int) -
         tree = configured(root, topology) | {"optimizer_state_dict": optimizer}
         yield files.shard(optimizer_name(checkpoint, rank, model_rank), tree)
 
-    files = file_plan.RankFiles()
+    files = file_plan.AlikeFiles()
     model_trees = model_files.model_trees(checkpoint, paths, groups, topology)
     for rank, tree in enumerate(model_trees):
         prefix = f"zero_pp_rank_{rank}_" if topology.stage == 3 else ""

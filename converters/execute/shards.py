@@ -12,6 +12,7 @@ bytes of a shard arrive.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from converters.plan import Plan, Shard
 from converters.storage import open_files, stores
 from converters.storage.checksums import Ledger
 from converters.storage.local_store import LOCAL
+from converters.storage.open_files import SharedFiles
 from converters.tensors import Extent, TensorRef
 from converters.words import counted, verb
 
@@ -116,6 +118,28 @@ def execute(
     they are unchanged at once, others once they are compared. Raises
     ``CheckpointError``, and leaves no shard half written then.
     """
+    with closing(SharedFiles()) as files:
+        means = _Means(checks, workers, progress, files)
+        return _execute(plan, folder, means, logbook)
+
+
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """What the shards of a plan are written with; see ``execute``."""
+
+    checks: CheckOptions
+    workers: int | None
+    progress: Progress
+    files: SharedFiles
+
+    def mover(self) -> Mover:
+        """A mover for one shard."""
+        specials: Specials | None = {} if self.checks.count_specials else None
+        return Mover(self.checks.verify, Ledger(), set(), self.progress, specials, self.files)
+
+
+def _execute(plan: Plan, folder: Path, means: _Means, logbook: Logbook | None) -> MoveReport:
+    checks = means.checks
     report, ledger = MoveReport(), Ledger()
     mismatched: set[str] = set()
     specials: Specials = {}
@@ -127,10 +151,10 @@ def execute(
         passage = passages.get(shard.filename)
         if already_written and (passage is not None or not checks.verify):
             passage = passage or Passage()
-            progress(shard.nbytes)
+            means.progress(shard.nbytes)
         else:
             try:
-                mover, is_new = _made(shard, target, checks, workers, progress, already_written)
+                mover, is_new = _made(shard, target, means, already_written)
             except UnlikeError as error:
                 _require_undamaged(plan, ledger, error.tensors)
                 raise
@@ -142,10 +166,7 @@ def execute(
         mismatched |= passage.unlike_names
         specials |= passage.specials
         report.overflowed |= passage.overflowed
-        if passage.unlike_names and checks.exact_copies:
-            raise unlike_error(plan, shard, ledger, sorted(passage.unlike_names)[0], checks.remedy)
-        if passage.overflowed and not checks.allow_overflow:
-            refuse_overflow(shard, passage.overflowed)
+        _require_equal_and_in_range(plan, shard, passage, ledger, checks)
         if logbook and shard.nbytes >= SMALL_BYTES and shard.filename not in passages:
             logbook.enter([shard.filename], passage, checks.verify, checks.count_specials)
 
@@ -158,6 +179,16 @@ def execute(
     return report
 
 
+def _require_equal_and_in_range(
+    plan: Plan, shard: Shard, passage: Passage, ledger: Ledger, checks: CheckOptions
+) -> None:
+    """Raises for tensors unlike their copies, and for numbers too large for their type."""
+    if passage.unlike_names and checks.exact_copies:
+        raise unlike_error(plan, shard, ledger, sorted(passage.unlike_names)[0], checks.remedy)
+    if passage.overflowed and not checks.allow_overflow:
+        refuse_overflow(shard, passage.overflowed)
+
+
 def _sync_folders(plan: Plan, folder: Path) -> None:
     """Makes the names of all shards durable."""
     subfolders = {(folder / shard.filename).parent for shard in plan.shards}
@@ -165,26 +196,14 @@ def _sync_folders(plan: Plan, folder: Path) -> None:
         LOCAL.sync(subfolder)
 
 
-def _made(
-    shard: Shard,
-    target: Path,
-    checks: CheckOptions,
-    workers: int | None,
-    progress: Progress,
-    already_written: bool,
-) -> tuple[Mover, bool]:
+def _made(shard: Shard, target: Path, means: _Means, already_written: bool) -> tuple[Mover, bool]:
     """Writes a shard, or compares what is there; who did it, and whether it was written."""
-
-    def new_mover() -> Mover:
-        specials: Specials | None = {} if checks.count_specials else None
-        return Mover(checks.verify, Ledger(), set(), progress, specials)
-
-    mover = new_mover()
-    if already_written and _intact(mover, shard, target, workers):
+    mover = means.mover()
+    if already_written and _intact(mover, shard, target, means.workers):
         return mover, False
 
-    mover = new_mover()
-    _write(mover, shard, target, workers, checks.allow_overflow)
+    mover = means.mover()
+    _write(mover, shard, target, means.workers, means.checks.allow_overflow)
     return mover, True
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from converters.execute.workers import (
 from converters.plan import Plan, Shard
 from converters.storage.checksums import Ledger
 from converters.storage.local_store import LOCAL, InPlace
+from converters.storage.open_files import SharedFiles
 
 SYNCS = 16  # files synced at a time
 
@@ -69,14 +70,15 @@ def execute(
     for subfolder in sorted({(folder / shard.filename).parent for shard in plan.shards}):
         subfolder.mkdir(parents=True, exist_ok=True)
 
-    mover = Mover(verify, ledger, set(), progress)
     queue = _Queue(shard for shard in plan.shards if shard.filename not in passages)
-    try:
-        _move(mover, queue, folder, workers or default_workers())
-    except BaseException:
-        if logbook is not None:
-            _enter(logbook, [*passages, *queue.names], ledger, verify)
-        raise
+    with closing(SharedFiles()) as files:
+        mover = Mover(verify, ledger, set(), progress, files=files)
+        try:
+            _move(mover, queue, folder, workers or default_workers())
+        except BaseException:
+            if logbook is not None:
+                _enter(logbook, [*passages, *queue.names], ledger, verify)
+            raise
 
     report.read, report.written = mover.read, plan.nbytes
     if verify:

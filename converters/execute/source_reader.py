@@ -17,6 +17,7 @@ from isal import isal_zlib
 from converters.errors import CheckpointError
 from converters.execute.source_files import SourceFiles
 from converters.storage.checksums import Ledger
+from converters.storage.open_files import SharedFiles
 from converters.tensors import Extents, Read, Strided, TensorRef
 
 MOVE_BYTES = 2 << 20  # bytes of the widest type in a piece; a thread has four such buffers
@@ -39,14 +40,20 @@ class UnlikeError(CheckpointError):
 class SourceReader:
     """One thread's open files; two buffers of ``MOVE_BYTES`` that it reads by.
 
-    ``ledger`` takes the CRC32s; ``None`` where nothing is to be verified. ``name`` is
-    that of the tensor that is read, for errors.
+    ``ledger`` takes the CRC32s; ``None`` where nothing is to be verified. ``shared`` are
+    the files that all threads read. ``name`` is that of the tensor that is read, for
+    errors.
     """
 
-    def __init__(self, buffers: Sequence[memoryview], ledger: Ledger | None):
+    def __init__(
+        self,
+        buffers: Sequence[memoryview],
+        ledger: Ledger | None,
+        shared: SharedFiles | None = None,
+    ):
         self.second, self.window = buffers
         self.ledger = ledger
-        self.files = SourceFiles()
+        self.files = SourceFiles(shared)
         self.name = ""
 
     def close(self) -> None:

@@ -30,6 +30,7 @@ from converters.execute.source_reader import MOVE_BYTES as MOVE_BYTES
 from converters.execute.source_reader import SourceReader
 from converters.plan import Placement, Shard
 from converters.storage.checksums import Ledger
+from converters.storage.open_files import SharedFiles
 from converters.storage.store import Readable, Writer
 from converters.storage.system import memory
 from converters.tensors import DType, TensorRef
@@ -101,7 +102,8 @@ class Mover:
     """The state that the threads moving one shard share.
 
     ``nonfinite`` takes how many NaN and infinities each piece has, by tensor and first
-    element; ``None`` does not look.
+    element; ``None`` does not look. ``files`` are open for all threads, and for the
+    movers of other shards.
     """
 
     def __init__(
@@ -111,7 +113,9 @@ class Mover:
         mismatched: set[str],
         progress: Progress,
         specials: Specials | None = None,
+        files: SharedFiles | None = None,
     ):
+        self.files = files
         self.verify = verify
         self.ledger = ledger
         self.mismatched = mismatched
@@ -235,7 +239,8 @@ class Worker:
     def __init__(self, mover: Mover):
         self.mover = mover
         self.buffers = [memory.zeros(MOVE_BYTES) for _ in range(4)]
-        self.reader = SourceReader(self.buffers[2:], mover.ledger if mover.verify else None)
+        ledger = mover.ledger if mover.verify else None
+        self.reader = SourceReader(self.buffers[2:], ledger, mover.files)
         self.rooms: Rooms = {}
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 store            what a place that keeps files has to offer
 stores           which store keeps a name, by its scheme;  url_path  a path that stays a URL
 local_store      the local filesystem as one, and the durable renames that only it has
-open_files       the files of a command, each opened and parsed once
+open_files       the files of a command, each opened and parsed once; files that threads share
 file_part        a run of bytes of a file, as a file of its own
 strided_reads    views whose runs are small and many
 local            writes, renames and other calls of the operating system

@@ -28,6 +28,8 @@ from converters.storage.system import limits
 from converters.tensors import Extent, Extents, Strided
 
 MAX_OPEN_FILES = 64
+MAX_SHARED_FILES = 16384  # open at once: every tensor of 4,096 ranks lies in that many files
+_OTHER_FILES = 256  # of the process: outputs, files of each thread, and those of a training
 MAX_KEPT_BYTES = 8 << 20  # of pickles whose values are kept: about 6 times as much in memory
 MAX_EXAMPLES = 12  # files that others are like: of the model and the optimizer, of a source
 # and of what is made of it, in two forms; and their directories
@@ -72,6 +74,47 @@ def max_open_files() -> int:
     fewer where the process may open few."""
     open_limit = limits.open_files()
     return MAX_OPEN_FILES if open_limit < 0 else max(4, min(MAX_OPEN_FILES, open_limit // 8))
+
+
+class SharedFiles:
+    """Files that all threads read, at offsets; open until all are closed."""
+
+    def __init__(self) -> None:
+        self.files: dict[Path, File] = {}
+        self.lock = threading.Lock()
+        self.room = max(limits.open_files() // 2, 4)
+
+    def get(self, path: Path) -> File | None:
+        """The file, open; ``None`` where there is no room for one more.
+
+        ``OSError`` if it cannot be opened.
+        """
+        file = self.files.get(path)
+        if file is not None:
+            return file
+
+        with self.lock:
+            if path not in self.files:
+                if not self._has_room():
+                    return None
+                self.files[path] = stores.store_of(path).open(path)
+            return self.files[path]
+
+    def close(self) -> None:
+        """Closes all of them; no thread reads any more."""
+        while self.files:
+            self.files.popitem()[1].close()
+
+    def _has_room(self) -> bool:
+        """Whether one more file may be open; asks the system for more room if need be."""
+        if len(self.files) < self.room:
+            return True
+
+        if self.room < MAX_SHARED_FILES:
+            allowed = limits.raise_open_files(2 * MAX_SHARED_FILES)
+            free = MAX_SHARED_FILES if allowed < 0 else allowed - _OTHER_FILES
+            self.room = max(self.room, min(free, MAX_SHARED_FILES))
+        return len(self.files) < self.room
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import resource
 import shutil
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,13 @@ from oracles import FIXTURES
 
 from ckpt.cli.main import cli
 from converters.errors import CheckpointError
+from converters.execute.source_files import SourceFiles
 from converters.storage import open_files, stores
 from converters.storage.local_store import LocalStore
+from converters.storage.open_files import SharedFiles
 from converters.storage.store import File, is_url, local_path
 from converters.storage.stores import source_path
+from converters.storage.system import limits
 from converters.tensors import Extent, Listed
 from tests.support.store_suite import Place, StoreSuite
 
@@ -244,7 +248,7 @@ def test_a_command_opens_each_state_file_once(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Once in each thread: those that move bytes have their own, and the proof of a universal
+    """Once where it is planned, and once by all threads that move bytes; the proof of a universal
     folder reads more files than stay open."""
     monkeypatch.setattr(open_files, "max_open_files", lambda: 256)
     folder = shutil.copytree(FIXTURES / name, tmp_path / "source" / name)
@@ -253,12 +257,39 @@ def test_a_command_opens_each_state_file_once(
     with contextlib.suppress(SystemExit):  # doctor found something
         cli.main(args=[command[0], str(folder), *command[1:]], standalone_mode=False)
 
-    counts = {
-        (path, thread): count
-        for (path, thread), count in opened.items()
-        if path.endswith("_states.pt") and path.startswith(f"{folder}/")
-    }
+    counts = Counter[tuple[str, bool]]()
+    for (path, thread), count in opened.items():
+        if path.endswith("_states.pt") and path.startswith(f"{folder}/"):
+            counts[path, thread is threading.main_thread()] += count
     assert counts and set(counts.values()) == {1}, counts
+
+
+def test_files_that_find_no_room_are_opened_by_each_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = files_of(tmp_path, 5)
+    monkeypatch.setattr(limits, "open_files", lambda: 6)
+    monkeypatch.setattr(limits, "raise_open_files", lambda _: 6)
+    with counted_opens(monkeypatch) as opened, closing(SharedFiles()) as shared:
+        for files in (SourceFiles(shared), SourceFiles(shared)):
+            for path in paths:
+                files.fill(memoryview(bytearray(1)), Extent(path, 0, 1))
+            files.close()
+        assert [opened.count(path.name) for path in paths] == [1, 1, 1, 1, 2]
+
+    monkeypatch.setattr(limits, "raise_open_files", lambda count: count)
+    with closing(SharedFiles()) as shared:
+        assert all(shared.get(path) is shared.get(path) is not None for path in paths)
+
+
+def test_the_system_is_asked_for_room_for_many_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        assert limits.raise_open_files(80) == 80
+        assert limits.raise_open_files(70) == 80
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])

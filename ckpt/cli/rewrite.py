@@ -77,6 +77,22 @@ NATIVE = (
         "deepspeed.zero.Init, as the Trainer does it.",
     ),
 )
+DEGREES = (
+    click.option(
+        "--tp",
+        metavar="RANKS",
+        type=click.IntRange(1),
+        help="The tensor-parallel ranks among them. Default: 1, for ZeRO alone.",
+    ),
+    click.option(
+        "--ep",
+        metavar="RANKS",
+        type=click.IntRange(1),
+        help="The ranks that the experts of each layer are dealt out to. Default: as many as "
+        "saved.",
+    ),
+    TP_RULES,
+)
 
 
 def with_options(
@@ -96,19 +112,7 @@ def with_options(
 @CHECKPOINT
 @world_size_option(help="The ranks (GPUs) that will resume. Default: as many as saved.")
 @with_options(NATIVE)
-@click.option(
-    "--tp",
-    metavar="RANKS",
-    type=click.IntRange(1),
-    help="The tensor-parallel ranks among them. Default: 1, for ZeRO alone.",
-)
-@click.option(
-    "--ep",
-    metavar="RANKS",
-    type=click.IntRange(1),
-    help="The ranks that the experts of each layer are dealt out to. Default: as many as saved.",
-)
-@TP_RULES
+@with_options(DEGREES)
 @TAG
 @with_options(SHARED)
 @planned.opening_once
@@ -213,6 +217,7 @@ def to_universal(
     help="A native checkpoint of the same model, where the folder does not tell the order of the "
     "parameters.",
 )
+@with_options(DEGREES)
 @with_options(SHARED)
 @planned.opening_once
 def from_universal(
@@ -224,6 +229,9 @@ def from_universal(
     like: Path | None,
     sub_group_size: int | None,
     zero_init: bool | None,
+    tp: int | None,
+    ep: int | None,
+    tp_rules: Path | None,
     **options: Any,
 ) -> None:
     """Write DeepSpeed's native files from a universal folder, whoever made it.
@@ -245,6 +253,9 @@ def from_universal(
         like=like,
         sub_group_size=sub_group_size,
         zero_init=zero_init,
+        tp=tp,
+        ep=ep,
+        tp_rules=tp_rules,
     )
 
     run(rewriting, job, **options)

@@ -42,12 +42,18 @@ def losses_of(folder: Path) -> list[float]:
     return losses
 
 
-def universal_job(folder: Path) -> dict[str, Any]:
-    """AutoEP from a universal folder, in an engine of another stage and number of ranks."""
-    source = folder / "stacked-universal"
+def universal_jobs(folder: Path) -> list[dict[str, Any]]:
+    """AutoEP from a universal folder, in an engine of another stage and number of ranks; and
+    from native files that were made of the folder, with other expert ranks."""
+    source, native = folder / "stacked-universal", folder / "stacked-native-source"
     universal.execute(universal.plan_to(folder / "stacked-half", output=source))
+    universal.execute(universal.plan_from(source, 2, stage=1, ep=1, output=native))
     name = str(folder / "stacked-folder")
-    return {**UNIVERSAL, "out": name, "source": str(source), "again": f"{name}-again"}
+    jobs = [{**UNIVERSAL, "out": name, "source": str(source), "again": f"{name}-again"}]
+    name = str(folder / "stacked-native")
+    job = {"model": "stacked", "stage": 1, "sizes": [1]}
+    jobs.append({**job, "out": name, "source": str(native), "again": f"{name}-again"})
+    return jobs
 
 
 def test_training_goes_on_with_other_expert_ranks(tmp_path: Path) -> None:
@@ -83,10 +89,11 @@ def test_training_goes_on_with_other_expert_ranks(tmp_path: Path) -> None:
             places = {"out": str(name), "source": str(source), "again": f"{name}-again"}
             jobs.append({**job, **places})
         if ranks == 2:
-            jobs.append(universal_job(tmp_path))
+            jobs += universal_jobs(tmp_path)
         launch(tmp_path, ranks, jobs)
 
-    for model, ranks in (*((model, ranks) for model, ranks, *_ in TARGETS), ("stacked", "folder")):
+    names = [(model, str(ranks)) for model, ranks, *_ in TARGETS]
+    for model, ranks in (*names, ("stacked", "folder"), ("stacked", "native")):
         expected = losses_of(tmp_path / model)
         assert expected[-1] < expected[0]
         losses = losses_of(tmp_path / f"{model}-{ranks}")

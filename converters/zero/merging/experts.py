@@ -21,7 +21,7 @@ from converters.zero.files import several_models
 from converters.zero.files.state_files import State
 from converters.zero.merging import expert_ranks, universal_entries, whole_groups
 from converters.zero.merging.checkpoint import MergedCheckpoint, whole_model
-from converters.zero.merging.expert_ranks import ExpertStates
+from converters.zero.merging.expert_ranks import ExpertStates, RankGroups
 from converters.zero.model_ranks import folder_files
 from converters.zero.model_ranks.folder_files import FolderFiles
 from converters.zero.param_groups import ParamGroup
@@ -59,6 +59,20 @@ def read(path: Path, tag: str | None = None) -> ExpertsCheckpoint:
     files = folder_files.scan(place)
     states = _states(place, files, source)
     groups = expert_ranks.read(states)
+    paths = {key[:2]: path for key, path in sorted(files.experts.items(), reverse=True)}
+    return of_groups(source, states, groups, paths)
+
+
+def of_groups(
+    source: Source,
+    states: ExpertStates,
+    groups: Sequence[RankGroups],
+    expert_paths: Mapping[tuple[int, int], Path],
+) -> ExpertsCheckpoint:
+    """The checkpoint of a source whose param groups are as expert ranks have them.
+
+    ``expert_paths`` are the files of single experts, if there are any.
+    """
     weights = source.weights
     joined = whole_groups.join(states, groups, weights.order)
     sizes = sorted({len(group.groups) for group in groups if group.has_experts})
@@ -77,7 +91,7 @@ def read(path: Path, tag: str | None = None) -> ExpertsCheckpoint:
         layers=states.layers,
         expert_sizes=tuple(sizes),
         group_numel=whole_groups.group_limit(groups),
-        expert_paths={key[:2]: path for key, path in sorted(files.experts.items(), reverse=True)},
+        expert_paths=expert_paths,
     )
 
 

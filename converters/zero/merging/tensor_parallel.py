@@ -57,6 +57,8 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
         groups=groups,
         universal_entries=universal_entries_of(source, first.model.root),
         model_paths=tuple(model_paths(first)),
+        cuts=source.cuts,
+        tensor_ranks=len(source.lanes),
     )
 
 

@@ -1,0 +1,93 @@
+"""The topology that a rewriting is for: which one a user means, and its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from converters import words
+from converters.errors import CheckpointError
+from converters.options import EP, TP
+from converters.plan import Plan
+from converters.zero import checkpoint as zero
+from converters.zero.merging.experts import ExpertsCheckpoint
+from converters.zero.merging.tensor_ranks import TensorRanks
+from converters.zero.native import expert_files
+from converters.zero.native import reshard as native
+from converters.zero.native.target import TargetTopology
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The wishes of a user beside the number of ranks; ``None`` is the run's own."""
+
+    stage: int | None = None
+    sub_group_size: int | None = None
+    zero_init: bool | None = None
+    tp: int | None = None
+    ep: int | None = None
+
+
+def target_of(
+    source: zero.Checkpoint, world_size: int, settings: Settings
+) -> tuple[TargetTopology, TensorRanks | None]:
+    """The topology, and how parameters are cut for several tensor-parallel ranks.
+
+    ``CheckpointError`` for what cannot be cut up so.
+    """
+    degree = settings.tp or 1
+    expert_ranks = _expert_ranks(source, settings.ep, degree)
+    tensor_ranks = TensorRanks.of(source, degree) if degree > 1 else None
+    target = native.target(
+        source,
+        settings.stage,
+        world_size // degree,
+        settings.sub_group_size,
+        settings.zero_init,
+    )
+    return replace(target, tensor_ranks=degree, expert_ranks=expert_ranks), tensor_ranks
+
+
+def file_plan(
+    source: zero.Checkpoint, target: TargetTopology, tensor_ranks: TensorRanks | None
+) -> Plan:
+    """The files of the target."""
+    if isinstance(source, ExpertsCheckpoint):
+        return expert_files.plan(source, target)
+    return native.plan(source, target, tensor_ranks)
+
+
+def degrees_in_name(source: zero.Checkpoint, target: TargetTopology) -> str:
+    """The part of the output's default name on degrees, where they are not as they were."""
+    if isinstance(source, ExpertsCheckpoint):
+        is_same = source.expert_sizes == (target.expert_ranks,)
+        return "" if is_same else f"-ep{target.expert_ranks}"
+    return f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
+
+
+def _expert_ranks(source: zero.Checkpoint, ep: int | None, degree: int) -> int:
+    """The ranks to deal the experts out to;
+    ``CheckpointError`` where that cannot be known."""
+    folder = source.place.folder
+    if not isinstance(source, ExpertsCheckpoint):
+        if ep is not None:
+            raise CheckpointError(
+                f"{folder} has no experts to deal out; leave out {EP}", "unsupported"
+            )
+        return 1
+
+    if degree > 1:
+        raise CheckpointError(
+            f"{folder} is of experts, which are not written for tensor-parallel ranks yet; leave "
+            f"out {TP}",
+            "unsupported",
+        )
+    if ep is None and len(source.expert_sizes) != 1:
+        sizes = words.numbers(source.expert_sizes)
+        raise CheckpointError(
+            f"{folder} has layers whose experts are dealt out to {sizes} ranks, and DeepSpeed, "
+            "which orders their param groups by chance on each rank, does not load such a "
+            f"checkpoint; name one number for all layers with {EP}, and give the engine's layers "
+            "the same ep_size",
+            "unsupported",
+        )
+    return ep or source.expert_sizes[0]

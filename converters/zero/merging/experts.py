@@ -14,7 +14,7 @@ from typing import Any
 from converters.errors import CheckpointError
 from converters.source import Place, Source, SourceTopology
 from converters.tensors import Weights
-from converters.zero.experts import auto_ep, flat_groups, reader, sub_groups
+from converters.zero.experts import auto_ep, flat_groups, folded_lanes, reader, sub_groups
 from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.experts.expert_files import NATIVE
 from converters.zero.files import several_models
@@ -58,9 +58,9 @@ def read(path: Path, tag: str | None = None) -> ExpertsCheckpoint:
     place = several_models.find(path, tag)
     files = folder_files.scan(place)
     states = _states(place, files, source)
-    groups = expert_ranks.read(states)
+    groups = expert_ranks.lanes_joined(expert_ranks.read(states), source)
     paths = {key[:2]: path for key, path in sorted(files.experts.items(), reverse=True)}
-    return of_groups(source, states, groups, paths)
+    return of_groups(source, states.first_lane, groups, paths)
 
 
 def of_groups(
@@ -106,28 +106,26 @@ def is_expert(name: str, stacks: set[str]) -> bool:
 
 def _states(place: Place, files: FolderFiles, source: Source) -> ExpertStates:
     """The state files; ``CheckpointError`` for what has no partitions of experts alone."""
-    reason = ""
-    if len(files.model_ranks) > 1:
-        reason = (
-            "is of AutoEP with AutoTP; its states are not written for other ranks yet, and "
-            "ckpt to-fp32 takes its weights"
+    if not files.optimizers:
+        raise CheckpointError(
+            f"{place.folder} is of experts without ZeRO, whose optimizer numbers the parameters of "
+            "each expert rank: it loads with as many expert ranks, on any number of ranks; ckpt "
+            "to-fp32 takes its weights",
+            "unsupported",
         )
-    elif not files.optimizers:
-        reason = (
-            "is of experts without ZeRO, whose optimizer numbers the parameters of each expert "
-            "rank: it loads with as many expert ranks, on any number of ranks; ckpt to-fp32 takes "
-            "its weights"
-        )
-    if reason:
-        raise CheckpointError(f"{place.folder} {reason}", "unsupported")
 
-    if files.partitioned:
+    lane_count = len(files.model_ranks)
+    if lane_count > 1:
+        lanes = folded_lanes.read(place, files)
+        models = folded_lanes.by_training_rank([lane.models for lane in lanes])
+        ranks = folded_lanes.by_training_rank([lane.ranks for lane in lanes])
+    elif files.partitioned:
         models, ranks = sub_groups.states_of(place, files)
     else:
         models = [flat_groups.model_file(place, files)]
         ranks = flat_groups.optimizer_files(place, files, models[0])
     layers = tuple(auto_ep.layers_of(models[0]))
-    return ExpertStates(place, tuple(models), tuple(ranks), layers, source.stage or 0)
+    return ExpertStates(place, tuple(models), tuple(ranks), layers, source.stage or 0, lane_count)
 
 
 def _checkpoint(

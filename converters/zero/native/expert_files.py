@@ -169,7 +169,7 @@ def _expert_files(checkpoint: ExpertsCheckpoint) -> Iterator[Shard]:
         trees = _trees_of_stacks(checkpoint)
     for (layer, expert), tree in trees:
         name = f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
-        yield file_plan.shard(f"{folder}/{name}", tree)
+        yield file_plan.shard(f"{folder}/{name}", roots.of_zero_alone(tree))
 
 
 def _trees_of_stacks(checkpoint: ExpertsCheckpoint) -> Iterator[tuple[tuple[int, int], Tree]]:

@@ -113,6 +113,12 @@ def with_options(
 @world_size_option(help="The ranks (GPUs) that will resume. Default: as many as saved.")
 @with_options(NATIVE)
 @with_options(DEGREES)
+@click.option(
+    "--pp",
+    metavar="STAGES",
+    help="For a pipeline: the layers of each stage, and the tied modules in it, as in "
+    "0-2+embed,3-+embed. Default: none, for a plain module.",
+)
 @TAG
 @with_options(SHARED)
 @planned.opening_once
@@ -127,6 +133,7 @@ def reshard(
     tp: int | None,
     ep: int | None,
     tp_rules: Path | None,
+    pp: str | None,
     **options: Any,
 ) -> None:
     """Rewrite a checkpoint for another number of ranks, or another stage.
@@ -159,6 +166,7 @@ def reshard(
         zero_init=zero_init,
         tp=tp,
         ep=ep,
+        pp=pp,
         tp_rules=tp_rules,
     )
 

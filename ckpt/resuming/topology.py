@@ -355,8 +355,8 @@ def _may_be_replaced(source: ResumePoint, rewriting: Rewriting) -> bool:
 
     with suppress(CheckpointError):
         if source.foreign and rewriting.target is not None:
-            checkpoint = rewriting.checkpoint
-            reshard.prove(checkpoint, rewriting.target, rewriting.plan, rewriting.output)
+            source_checkpoint = rewriting.source
+            reshard.prove(source_checkpoint, rewriting.target, rewriting.plan, rewriting.output)
             return True
 
     raise CheckpointError(

@@ -40,14 +40,14 @@ from converters.zero import checkpoint as zero
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.merging.tensor_ranks import TensorRanks
-from converters.zero.native import expert_files, reshard
+from converters.zero.native import expert_files, pipeline_files, reshard
 from converters.zero.native import proof as retrace
 from converters.zero.native.target import TargetTopology
 from converters.zero.universal import proof, reader
 
 ARGUMENTS = (  # of the functions for users, as errors name them
     *("output=", "tag=", "world_size=", "stage=", "like=", "sub_group_size=", "zero_init=True"),
-    *("tp_rules=", "tp=", "ep=", "zero_init=False"),
+    *("tp_rules=", "tp=", "ep=", "pp=", "zero_init=False"),
     *("verify=False", "read_back=True", "overwrite=True"),
 )
 # written, never copied
@@ -248,6 +248,8 @@ def _prove(rewriting: Rewriting, staged_folder: Path) -> dict[str, int]:
         return proof.to_universal(source, plan, staged_folder)
     if isinstance(source, ExpertsCheckpoint):
         return expert_files.prove(source, target, plan, staged_folder)
+    if target.stages and isinstance(source, merged.MergedCheckpoint):
+        return pipeline_files.prove(source, target, plan, staged_folder)
     return reshard.prove(source, target, plan, staged_folder, rewriting.tensor_ranks)
 
 

@@ -50,6 +50,7 @@ def plan(
     zero_init: bool | None = None,
     tp: int | None = None,
     ep: int | None = None,
+    pp: str | None = None,
     tp_rules: str | os.PathLike[str] | None = None,
 ) -> Rewriting:
     """Plans the same checkpoint for ``world_size`` ranks and a stage;
@@ -59,7 +60,8 @@ def plan(
     ``tp``, of that many tensor-parallel ranks among the ``world_size``. ``tp_rules`` is
     a file that says how parameters are cut for them, where the checkpoint does not.
     ``ep`` are the ranks that the experts of each layer are dealt out to; by default as
-    many as saved.
+    many as saved. ``pp`` are the layers and the tied modules of each pipeline stage that a
+    pipeline is written for, as text: "0-2+embed,3-+embed".
 
     Reads pickles, and what ranks share of Muon's momentum. ``sub_group_size``
     (elements, stage 3) defaults to the run's own. ``zero_init``: whether the engine's
@@ -75,7 +77,7 @@ def plan(
         if world_size is None:
             world_size = merged.original(source).world_size
             require_arguments(world_size, stage, sub_group_size, tp, ep)
-        settings = Settings(stage, sub_group_size, zero_init, tp, ep)
+        settings = Settings(stage, sub_group_size, zero_init, tp, ep, pp)
         target, tensor_ranks = targets.target_of(source, world_size, settings)
     _require_change(source, target)
 

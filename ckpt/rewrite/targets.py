@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 from converters import words
 from converters.errors import CheckpointError
-from converters.options import EP, TP
+from converters.options import EP, PP, TP
 from converters.plan import Plan
 from converters.zero import checkpoint as zero
+from converters.zero.merging.checkpoint import MergedCheckpoint
 from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.merging.tensor_ranks import TensorRanks
-from converters.zero.native import expert_files
+from converters.zero.native import expert_files, pipeline_files, stage_layers
 from converters.zero.native import reshard as native
 from converters.zero.native.target import TargetTopology
 
@@ -25,6 +26,7 @@ class Settings:
     zero_init: bool | None = None
     tp: int | None = None
     ep: int | None = None
+    pp: str | None = None
 
 
 def target_of(
@@ -34,6 +36,8 @@ def target_of(
 
     ``CheckpointError`` for what cannot be cut up so.
     """
+    if settings.pp is not None:
+        return _of_stages(source, world_size, settings), None
     degree = settings.tp or 1
     expert_ranks = _expert_ranks(source, settings.ep, degree)
     tensor_ranks = TensorRanks.of(source, degree) if degree > 1 else None
@@ -53,6 +57,8 @@ def file_plan(
     """The files of the target."""
     if isinstance(source, ExpertsCheckpoint):
         return expert_files.plan(source, target)
+    if target.stages and isinstance(source, MergedCheckpoint):
+        return pipeline_files.plan(source, target)
     return native.plan(source, target, tensor_ranks)
 
 
@@ -61,7 +67,28 @@ def degrees_in_name(source: zero.Checkpoint, target: TargetTopology) -> str:
     if isinstance(source, ExpertsCheckpoint):
         is_same = source.expert_sizes == (target.expert_ranks,)
         return "" if is_same else f"-ep{target.expert_ranks}"
+    if target.stages:
+        return f"-pp{len(target.stages)}"
     return f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
+
+
+def _of_stages(source: zero.Checkpoint, world_size: int, settings: Settings) -> TargetTopology:
+    """The topology of a pipeline; ``CheckpointError`` for what is not written for its stages."""
+    assert settings.pp is not None
+    stages = stage_layers.parse(settings.pp)
+    pipeline = pipeline_files.source_of(source)
+    assert isinstance(source, MergedCheckpoint)
+    if settings.tp not in (None, 1) or settings.ep is not None or world_size % len(stages):
+        raise CheckpointError(
+            f"{source.place.folder}: {len(stages)} stages among {world_size} ranks are not written "
+            f"so; the stages of {PP} have as many ranks each, and neither {TP} nor {EP}",
+            "refused",
+        )
+    stage = settings.stage if settings.stage is not None else max(source.stage, 1)
+    target = native.target(source, stage, world_size // len(stages))
+    target = replace(target, stages=stage_layers.for_checkpoint(source, pipeline, stages))
+    pipeline_files.require(source, target)
+    return target
 
 
 def _expert_ranks(source: zero.Checkpoint, ep: int | None, degree: int) -> int:

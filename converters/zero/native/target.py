@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.zero import muon, partitioning
+from converters.zero.native.stage_layers import StageLayers
 from converters.zero.param_groups import WEIGHTS, ParamGroup
 
 SUB_GROUP = 1_000_000_000  # the default of zero_optimization.sub_group_size
@@ -57,6 +58,7 @@ class TargetTopology:
 
     ``world_size`` are the ranks that share a partition: with ``tensor_ranks`` of them,
     each has so many. ``expert_ranks`` of them share out the experts, if there are any.
+    ``stages`` are those of a pipeline, each on as many ranks; none without one.
     """
 
     stage: int
@@ -70,11 +72,12 @@ class TargetTopology:
     zero_init: bool | None = None
     tensor_ranks: int = field(default=1, repr=False)  # which would be another identity of others
     expert_ranks: int = field(default=1, repr=False)
+    stages: tuple[StageLayers, ...] = field(default=(), repr=False)
 
     @property
     def rank_count(self) -> int:
         """All ranks of the training."""
-        return self.world_size * self.tensor_ranks
+        return self.world_size * self.tensor_ranks * max(len(self.stages), 1)
 
     def __post_init__(self) -> None:
         positive = self.world_size >= 1 and self.sub_group_size >= 1

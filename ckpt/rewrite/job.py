@@ -188,7 +188,7 @@ def execute(
         open_files.releasing(staged_folder),  # before it is renamed, or deleted
     ):
         report = _move(rewriting, staged_folder, verify, workers, progress)
-        counts = _prove(rewriting, staged_folder)
+        counts = prove(rewriting, staged_folder)
         read_back_bytes = retrace.read_back(plan, staged_folder) if read_back else 0
         _complete(rewriting, staged_folder)
 
@@ -242,7 +242,11 @@ def _move(
 
 
 @open_files.once()
-def _prove(rewriting: Rewriting, staged_folder: Path) -> dict[str, int]:
+def prove(rewriting: Rewriting, staged_folder: Path) -> dict[str, int]:
+    """Reads the finished files and compares all of them with the source; counts tensors.
+
+    ``CheckpointError`` if anything is not equal.
+    """
     source, target, plan = rewriting.source, rewriting.target, rewriting.plan
     if target is None:
         return proof.to_universal(source, plan, staged_folder)

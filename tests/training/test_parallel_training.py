@@ -71,6 +71,20 @@ def native_tensor_ranks(trainings: Trainings) -> list[dict[str, Any]]:
     return jobs
 
 
+def native_stages(trainings: Trainings) -> list[dict[str, Any]]:
+    """A pipeline of two stages to four, and to one on two ranks, where a training resumes;
+    and the four stages, which DeepSpeed saved, to two of two ranks."""
+    resumed = {"model": "pipeline", "stage": 1, **RESUMED}
+    jobs: list[dict[str, Any]] = [
+        {**resumed, "pp": 4, "name": "native-pp4"},
+        {**resumed, "pp": 1, "name": "native-pp1"},
+        {**resumed, "pp": 2, "source": "native-pp4-again", "name": "native-pp2"},
+    ]
+    for job, ranks in zip(jobs, (4, 2, 4), strict=True):
+        trainings.run(ranks, job)
+    return jobs
+
+
 @pytest.mark.parametrize(
     ("model", "degrees", "stage", "others"),
     [
@@ -114,6 +128,8 @@ def test_training_goes_on_with_zero_alone_and_with_any_degrees(
 
     if model == "fused":
         jobs += native_tensor_ranks(trainings)
+    else:
+        jobs += native_stages(trainings)
 
     losses = trainings.losses("whole")
     assert len(set(losses)) == 2 * STEPS

@@ -115,10 +115,10 @@ def _require_change(source: zero.Checkpoint, target: TargetTopology) -> None:
     """``CheckpointError`` if the checkpoint is what is asked for already."""
     saved = merged.original(source)
     degree = len(saved.lanes) if isinstance(saved, TensorParallelCheckpoint) else 1
-    is_merged = isinstance(source, merged.MergedCheckpoint)
+    is_other = isinstance(source, merged.MergedCheckpoint) and degree == 1
     if isinstance(source, ExpertsCheckpoint):
-        is_merged = source.expert_sizes != (target.expert_ranks,)
-    if target.tensor_ranks != degree or (is_merged and degree == 1):
+        is_other = source.expert_sizes != (target.expert_ranks,)
+    if target.tensor_ranks != degree or is_other:
         return
 
     unchanged = target.stage == source.stage and target.world_size == source.world_size

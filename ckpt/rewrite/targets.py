@@ -39,8 +39,9 @@ def target_of(
     if settings.pp is not None:
         return _of_stages(source, world_size, settings), None
     degree = settings.tp or 1
-    expert_ranks = _expert_ranks(source, settings.ep, degree)
-    tensor_ranks = TensorRanks.of(source, degree) if degree > 1 else None
+    expert_ranks = _expert_ranks(source, settings.ep)
+    dense = source.dense if isinstance(source, ExpertsCheckpoint) else source
+    tensor_ranks = TensorRanks.of(dense, degree) if degree > 1 else None
     target = native.target(
         source,
         settings.stage,
@@ -56,7 +57,7 @@ def file_plan(
 ) -> Plan:
     """The files of the target."""
     if isinstance(source, ExpertsCheckpoint):
-        return expert_files.plan(source, target)
+        return expert_files.plan(source, target, tensor_ranks)
     if target.stages and isinstance(source, MergedCheckpoint):
         return pipeline_files.plan(source, target)
     return native.plan(source, target, tensor_ranks)
@@ -66,7 +67,8 @@ def degrees_in_name(source: zero.Checkpoint, target: TargetTopology) -> str:
     """The part of the output's default name on degrees, where they are not as they were."""
     if isinstance(source, ExpertsCheckpoint):
         is_same = source.expert_sizes == (target.expert_ranks,)
-        return "" if is_same else f"-ep{target.expert_ranks}"
+        tensor_part = f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
+        return tensor_part + ("" if is_same else f"-ep{target.expert_ranks}")
     if target.stages:
         return f"-pp{len(target.stages)}"
     return f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
@@ -91,7 +93,7 @@ def _of_stages(source: zero.Checkpoint, world_size: int, settings: Settings) -> 
     return target
 
 
-def _expert_ranks(source: zero.Checkpoint, ep: int | None, degree: int) -> int:
+def _expert_ranks(source: zero.Checkpoint, ep: int | None) -> int:
     """The ranks to deal the experts out to;
     ``CheckpointError`` where that cannot be known."""
     folder = source.place.folder
@@ -102,12 +104,6 @@ def _expert_ranks(source: zero.Checkpoint, ep: int | None, degree: int) -> int:
             )
         return 1
 
-    if degree > 1:
-        raise CheckpointError(
-            f"{folder} is of experts, which are not written for tensor-parallel ranks yet; leave "
-            f"out {TP}",
-            "unsupported",
-        )
     if ep is None and len(source.expert_sizes) != 1:
         sizes = words.numbers(source.expert_sizes)
         raise CheckpointError(

@@ -75,13 +75,14 @@ class ExpertStates:
         """The first model file."""
         return self.models[0]
 
-    @property
-    def first_lane(self) -> ExpertStates:
-        """The files of the first tensor-parallel rank."""
-        if self.lane_count == 1:
-            return self
-        models = self.models[:: self.lane_count] if self.stage == 3 else self.models[:1]
-        return replace(self, models=models, ranks=self.ranks[:: self.lane_count], lane_count=1)
+    def lane(self, number: int) -> ExpertStates:
+        """The files of one tensor-parallel rank."""
+        return replace(
+            self,
+            models=self.models[number :: self.lane_count],
+            ranks=self.ranks[number :: self.lane_count],
+            lane_count=1,
+        )
 
 
 def lanes_joined(groups: Sequence[RankGroups], source: Source) -> list[RankGroups]:

@@ -19,11 +19,12 @@ from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.experts.expert_files import NATIVE
 from converters.zero.files import several_models
 from converters.zero.files.state_files import State
-from converters.zero.merging import expert_ranks, universal_entries, whole_groups
+from converters.zero.merging import expert_ranks, tensor_parallel, universal_entries, whole_groups
 from converters.zero.merging.checkpoint import MergedCheckpoint, whole_model
 from converters.zero.merging.expert_ranks import ExpertStates, RankGroups
 from converters.zero.model_ranks import folder_files
 from converters.zero.model_ranks.folder_files import FolderFiles
+from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 from converters.zero.param_groups import ParamGroup
 
 
@@ -60,7 +61,25 @@ def read(path: Path, tag: str | None = None) -> ExpertsCheckpoint:
     states = _states(place, files, source)
     groups = expert_ranks.lanes_joined(expert_ranks.read(states), source)
     paths = {key[:2]: path for key, path in sorted(files.experts.items(), reverse=True)}
-    return of_groups(source, states.first_lane, groups, paths)
+    return of_groups(source, states.lane(0), groups, paths)
+
+
+def dense_lanes(path: Path) -> list[MergedCheckpoint]:
+    """The model without experts, as each tensor-parallel rank has it; one without AutoTP."""
+    source = reader.read(path, complete=True)
+    place = several_models.find(path)
+    states = _states(place, folder_files.scan(place), source)
+    groups = [group for group in expert_ranks.read(states) if not group.has_experts]
+    stacks = {name for layer in states.layers for name in layer.names}
+    lanes = source.lanes if isinstance(source, TensorParallelCheckpoint) else (source,)
+
+    result: list[MergedCheckpoint] = []
+    for number, lane in enumerate(lanes):
+        names = [name for name in lane.weights.order if not is_expert(name, stacks)]
+        own_groups = [group.groups[number] for group in groups]
+        weights = _selected(lane.weights, names)
+        result.append(_checkpoint(lane, states.lane(number), weights, own_groups))
+    return result
 
 
 def of_groups(
@@ -84,6 +103,11 @@ def of_groups(
     whole_checkpoint = _checkpoint(source, states, weights, joined)
     values = {name: getattr(whole_checkpoint, name) for name in _field_names(MergedCheckpoint)}
     values["universal_entries"] = universal_entries.of_stacks(states.layers)
+    if isinstance(source, TensorParallelCheckpoint):
+        cuts = {name: cut for name, cut in source.cuts.items() if name not in stacks}
+        entries = tensor_parallel.universal_entries_of(source, source.entries)
+        values["universal_entries"] = entries | values["universal_entries"]
+        dense = replace(dense, cuts=cuts, tensor_ranks=len(source.lanes))
 
     return ExpertsCheckpoint(
         **values,

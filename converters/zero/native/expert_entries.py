@@ -40,7 +40,11 @@ def entries(
     changes: Entry = {KEY: layers}
     info = root.get(roots.INFO)
     if isinstance(info, dict):
-        own_info = {key: value for key, value in info.items() if key in _INFO_KEYS}
+        own_info = {
+            key: value
+            for key, value in info.items()
+            if key in _INFO_KEYS or topology.tensor_ranks > 1
+        }
         changes[roots.INFO] = {**own_info, KEY: layers}
     return changes
 

@@ -144,7 +144,7 @@ def _output_of(source: ResumePoint, layout: Layout) -> Path:
     settings = layout.options(saved)
     degree = f"-tp{settings['tp']}" if "tp" in settings else ""
     if "ep" in settings and saved.degrees.expert_ranks != (settings["ep"],):
-        degree = f"-ep{settings['ep']}"
+        degree += f"-ep{settings['ep']}"
     if "pp" in settings:
         degree = f"-pp{current.degrees.stages}"
     name = f"{source.folder.name}{stage}{degree}-w{current.world_size}"

@@ -100,3 +100,25 @@ def test_training_goes_on_with_other_expert_ranks(tmp_path: Path) -> None:
         assert losses == pytest.approx(expected[STEPS:], rel=REDUCTION_ORDER), (model, ranks)
         again = values_of(tmp_path / f"{model}-{ranks}-again")
         assert again == values_of(tmp_path / f"{model}-half"), (model, ranks)
+
+
+def test_training_goes_on_with_autoep_on_tensor_parallel_ranks(tmp_path: Path) -> None:
+    """AutoEP with AutoTP to ZeRO alone, and that, which DeepSpeed saved again, back to AutoTP; and
+    to other expert ranks under stage 3. An engine of AutoTP says how it cuts."""
+    half = tmp_path / "half"
+    job = {"model": "stacked", "stage": 2, "sizes": [2], "tp": 2}
+    launch(tmp_path, 4, [{**job, "out": f"{tmp_path}/whole", "half": str(half)}])
+
+    def resumed(name: str, source: str, **changes: Any) -> dict[str, Any]:
+        places = {"out": f"{tmp_path}/{name}", "source": f"{tmp_path}/{source}"}
+        return {**job, **changes, **places, "again": f"{tmp_path}/{name}-again", "reshard": "auto"}
+
+    launch(tmp_path, 2, [resumed("flat", "half", stage=1, tp=1)])
+    jobs = [resumed("folded", "flat-again"), resumed("whole-ranks", "half", stage=3, sizes=[4])]
+    launch(tmp_path, 4, jobs)
+
+    expected, values = losses_of(tmp_path / "whole"), values_of(half)
+    for name in ("flat", "folded", "whole-ranks"):
+        losses = losses_of(tmp_path / name)
+        assert losses == pytest.approx(expected[STEPS:], rel=REDUCTION_ORDER), name
+        assert values_of(tmp_path / f"{name}-again") == values, name

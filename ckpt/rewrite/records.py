@@ -86,6 +86,8 @@ def save_of(source: Manifest, target: TargetTopology) -> str:
         for name, count in (("tp", target.tensor_ranks), ("ep", target.expert_ranks))
         if count > 1
     ]
+    if target.stages:
+        degrees.append(f" pp {','.join(map(str, target.stages))}")
     return sha256(f"{source.save} {target}{''.join(degrees)}".encode()).hexdigest()[:32]
 
 

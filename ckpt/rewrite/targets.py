@@ -14,6 +14,7 @@ from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import expert_files, pipeline_files, stage_layers
 from converters.zero.native import reshard as native
+from converters.zero.native.expert_ranks import require_foldable
 from converters.zero.native.target import TargetTopology
 
 
@@ -40,7 +41,11 @@ def target_of(
         return _of_stages(source, world_size, settings), None
     degree = settings.tp or 1
     expert_ranks = _expert_ranks(source, settings.ep)
-    dense = source.dense if isinstance(source, ExpertsCheckpoint) else source
+    dense = source
+    if isinstance(source, ExpertsCheckpoint):
+        dense = source.dense
+        if degree > 1:
+            require_foldable(source, expert_ranks)
     tensor_ranks = TensorRanks.of(dense, degree) if degree > 1 else None
     target = native.target(
         source,

@@ -52,8 +52,9 @@ def roots(folder: Path) -> dict[str, Any]:
 
 def assert_same(first: Any, second: Any, where: str = "") -> None:
     """Two unpickled values are alike, tensor by tensor; DeepSpeed has tuples as shapes."""
-    if isinstance(first, torch.Size):
-        first = tuple(first)
+    first, second = (
+        tuple(value) if isinstance(value, torch.Size) else value for value in (first, second)
+    )
     assert type(first) is type(second), where
     if isinstance(first, torch.Tensor):
         assert same(first, second), where

@@ -182,12 +182,6 @@ def require(checkpoint: ExpertsCheckpoint, topology: TargetTopology) -> None:
             f"has {layers[uneven[0]]} experts in {uneven[0]}, which are not dealt out evenly to "
             f"{_counted_ranks(count)}; name another {EP}, a divisor of the experts of every layer"
         )
-    elif topology.tensor_ranks > 1 and not _may_be_folded(checkpoint, count):
-        reason = (
-            "is not written for tensor-parallel ranks: DeepSpeed folds AutoEP with AutoTP alone, "
-            "on 2 expert ranks or more, and without use_data_before_expert_parallelism; leave out "
-            f"{TP}, or name another {EP}"
-        )
     elif topology.stage == 3 and not checkpoint.layers:
         reason = (
             "is of DeepSpeed-MoE, which DeepSpeed trains under ZeRO 1 and 2 only; name another "
@@ -204,10 +198,17 @@ def require(checkpoint: ExpertsCheckpoint, topology: TargetTopology) -> None:
     raise CheckpointError(f"{checkpoint.place.folder} {reason}", "unsupported")
 
 
-def _may_be_folded(checkpoint: ExpertsCheckpoint, count: int) -> bool:
-    """Whether DeepSpeed makes an engine of it with tensor-parallel ranks
-    (``validate_folding_global``)."""
-    return bool(checkpoint.layers) and count > 1 and not checkpoint.is_block
+def require_foldable(checkpoint: ExpertsCheckpoint, count: int) -> None:
+    """Raises for experts that DeepSpeed does not train with tensor-parallel ranks, on
+    ``count`` expert ranks (``validate_folding_global``)."""
+    if checkpoint.layers and count > 1 and not checkpoint.is_block:
+        return
+    raise CheckpointError(
+        f"{checkpoint.place.folder} is not written for tensor-parallel ranks: DeepSpeed folds "
+        "AutoEP with AutoTP alone, on 2 expert ranks or more, and without "
+        f"use_data_before_expert_parallelism; leave out {TP}, or name another {EP}",
+        "unsupported",
+    )
 
 
 def _require_optimizer(checkpoint: ExpertsCheckpoint, topology: TargetTopology) -> None:

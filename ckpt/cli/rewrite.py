@@ -54,8 +54,8 @@ NATIVE = (
     click.option(
         "--stage",
         metavar="N",
-        type=click.IntRange(1, 3),
-        help="The ZeRO stage. Default: that of the run.",
+        type=click.IntRange(0, 3),
+        help="The ZeRO stage, or 0 for fp32 without ZeRO. Default: that of the run.",
     ),
     click.option(
         "-o",

@@ -12,7 +12,7 @@ from converters.zero import checkpoint as zero
 from converters.zero.merging.checkpoint import MergedCheckpoint
 from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.merging.tensor_ranks import TensorRanks
-from converters.zero.native import expert_files, pipeline_files, stage_layers
+from converters.zero.native import expert_files, pipeline_files, stage_layers, unpartitioned_files
 from converters.zero.native import reshard as native
 from converters.zero.native.expert_ranks import require_foldable
 from converters.zero.native.target import TargetTopology
@@ -61,6 +61,8 @@ def file_plan(
     source: zero.Checkpoint, target: TargetTopology, tensor_ranks: TensorRanks | None
 ) -> Plan:
     """The files of the target."""
+    if not target.stage:
+        return unpartitioned_files.plan(source, target, tensor_ranks)
     if isinstance(source, ExpertsCheckpoint):
         return expert_files.plan(source, target, tensor_ranks)
     if target.stages and isinstance(source, MergedCheckpoint):

@@ -104,7 +104,8 @@ def plan_from(
         if world_size is None:
             raise _without_world_size(path, universal)
         source = native_source.checkpoint_of(universal)
-        settings = Settings(stage or universal.stage, sub_group_size, zero_init, tp, ep)
+        own_stage = universal.stage if stage is None else stage
+        settings = Settings(own_stage, sub_group_size, zero_init, tp, ep)
         target, tensor_ranks = targets.target_of(source, world_size, settings)
 
     home = job.home_of(source)

@@ -1,4 +1,4 @@
-"""Native files of any degrees: of universal folders, of AutoEP with AutoTP, of pipelines.
+"""Native files of any degrees: of universal folders, AutoEP with AutoTP, pipelines, without ZeRO.
 
 What is read of them is what was read of the source, and there and back gives the same files.
 Stock DeepSpeed trains on from such files in ``tests/training``.
@@ -20,12 +20,16 @@ from test_pipelines_experts import SPLIT
 from test_universal import deepspeeds, to
 
 from ckpt.rewrite import reshard, universal
+from converters import cast, detect
 from converters.errors import CheckpointError
+from converters.tensors import TensorRef
 from converters.zero.merging.tensor_ranks import TensorRanks
+from converters.zero.native import unpartitioned_files
 from converters.zero.native.stage_layers import StageLayers
 
 FOLDED = PARALLEL / "aeptp_mixtral_z2_w4"
 PIPELINE = SPLIT / "pipeline-zero1"
+UNPARTITIONED = PARALLEL / "tp_z0fp32_w4"
 RULES = {
     r".*\.(q|k|v)_proj\.weight": "dim 0",
     r".*\.o_proj\.weight": "dim 1",
@@ -161,4 +165,65 @@ def test_layers_of_another_stage_are_found(tmp_path: Path, monkeypatch: pytest.M
     )
     with pytest.raises(CheckpointError, match="fault of ckpt"):
         reshard.execute(plan)
+    assert not (tmp_path / "o").exists()
+
+
+def test_tensor_parallelism_without_zero_is_written_for_other_degrees_and_back(
+    tmp_path: Path,
+) -> None:
+    """And for ZeRO, whose files say what the numbers of the optimizer are."""
+    flat = made(UNPARTITIONED, tmp_path / "zero", 3, 3)
+    other = made(UNPARTITIONED, tmp_path / "other", 4, 0, tp=4)
+    assert values_of(flat) == values_of(other) == values_of(UNPARTITIONED)
+    expected = roots(UNPARTITIONED)
+    partitioned = made(other, tmp_path / "partitioned", 4, 2, tp=2)
+    for source in (other, partitioned):
+        again = roots(made(source, tmp_path / f"again-{source.name}", 4, 0, tp=2))
+        assert again.keys() == expected.keys()
+        for name, first in expected.items():
+            for key in ("module", "optimizer", "param_shapes", "dp_world_size", "mp_world_size"):
+                assert_same(again[name][key], first[key], f"{name}/{key}")
+
+
+def test_one_rank_without_zero_has_the_whole_state(tmp_path: Path) -> None:
+    """As torch's optimizer has it, in the order of the model."""
+    (root,) = roots(made(UNPARTITIONED, tmp_path / "o", 2, 0)).values()
+    numbers = root["optimizer"]["param_groups"][0]["params"]
+    assert numbers == list(range(len(root["module"])))
+    source = detect.read(UNPARTITIONED)
+    assert source.optimizer is not None
+    for number, name in enumerate(root["module"]):
+        state = source.optimizer(name)["exp_avg"]
+        assert isinstance(state, TensorRef)
+        own_state = root["optimizer"]["state"][number]["exp_avg"]
+        assert cast.load(state).tobytes() == own_state.numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (FIXTURES / "zero2-bf16-w2", "trained in 16 bits"),
+        (FIXTURES / "zero2-fp32-w2", "several param groups or frozen parameters"),
+        (SPLIT / "autoep-zero2", "is of experts"),
+    ],
+)
+def test_what_is_not_written_without_zero_is_refused(source: Path, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        reshard.plan(source, 2, stage=0)
+
+
+def test_states_of_other_parameters_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = unpartitioned_files._optimizer
+
+    def swapped(group: Any) -> Any:
+        tree = written(group)
+        state = tree["state"]
+        state[1], state[4] = state[4], state[1]
+        return tree
+
+    monkeypatch.setattr(unpartitioned_files, "_optimizer", swapped)
+    with pytest.raises(CheckpointError, match="numbers, not names|fault of ckpt"):
+        made(UNPARTITIONED, tmp_path / "o", 4, 0, tp=4)
     assert not (tmp_path / "o").exists()

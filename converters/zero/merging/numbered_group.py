@@ -7,6 +7,7 @@ group (loss scale, stage) is as ZeRO saves it in fp32.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from converters.errors import CheckpointError
@@ -15,6 +16,7 @@ from converters.torch_files import object_graph
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.state_files import State
 from converters.zero.files.typed import Section
+from converters.zero.merging.checkpoint import MergedCheckpoint
 from converters.zero.model_ranks import numbered_states
 from converters.zero.parallel import lane_states
 from converters.zero.param_groups import WEIGHTS, ParamGroup
@@ -63,20 +65,24 @@ def group_of(lane: Checkpoint) -> ParamGroup:
     )
 
 
+def merged_lane(lane: Checkpoint) -> MergedCheckpoint:
+    """The lane with its param group, as if ZeRO had said what is trained."""
+    group = group_of(lane)
+    values = {field.name: getattr(lane, field.name) for field in fields(Checkpoint)}
+    values["weights"] = replace(lane.weights, frozen=lane.weights.frozen - group.shapes.keys())
+    return MergedCheckpoint(**values, source=lane, groups=(group,), model_paths=(lane.model.path,))
+
+
 def _require_alike(model: State, states: Sequence[Mapping[Any, Any]], kept_keys: Any) -> None:
     """Raises unless all parameters have the same numbers, as a group of ZeRO has them once."""
     numbers = [
-        {
-            key: numbered_states.number(value)
-            for key, value in state.items()
-            if key not in kept_keys
-        }
+        {key: numbered_states.number(value) for key, value in state.items() if key not in kept_keys}
         for state in states
     ]
     if any(values != numbers[0] for values in numbers):
         raise CheckpointError(
-            f"{model.path}: its optimizer has other steps for some parameters of a param group than "
-            "for others, which ZeRO keeps once",
+            f"{model.path}: its optimizer has other steps for some parameters of a param group "
+            "than for others, which ZeRO keeps once",
             "unsupported",
         )
 

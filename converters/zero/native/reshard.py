@@ -73,7 +73,7 @@ def target(
     """
     limits.require(checkpoint)
     setting, module = checkpoint.model.setting, checkpoint.model.module
-    stage = stage or checkpoint.stage or 1
+    stage = checkpoint.stage or 1 if stage is None else stage
 
     # BF16_Optimizer neither deals parameters out nor aligns them
     bf16_optimizer = stage == 1 and _bf16_optimizer(checkpoint.model)

@@ -35,8 +35,10 @@ def require_arguments(
         raise CheckpointError(
             f"ep is {ep!r}; expected a number of expert-parallel ranks, 1 or more", "refused"
         )
-    if stage is not None and (isinstance(stage, bool) or stage not in (1, 2, 3)):
-        raise CheckpointError(f"stage is {stage!r}; expected a ZeRO stage, 1, 2 or 3", "refused")
+    if stage is not None and (isinstance(stage, bool) or stage not in (0, 1, 2, 3)):
+        raise CheckpointError(
+            f"stage is {stage!r}; expected a ZeRO stage, 1, 2 or 3, or 0 for none", "refused"
+        )
     if sub_group_size is not None and not is_whole_number(sub_group_size, 1):
         raise CheckpointError(
             f"sub_group_size is {sub_group_size!r}; expected a number of elements, 1 or more",
@@ -46,7 +48,7 @@ def require_arguments(
 
 @dataclass(frozen=True, slots=True)
 class TargetTopology:
-    """The topology to make: stage, world size,
+    """The topology to make: stage (0: without ZeRO), world size,
     and the settings that the layout depends on.
 
     ``dealt`` is round_robin_gradients and ``aligned`` parameter_alignment, both of
@@ -81,7 +83,7 @@ class TargetTopology:
 
     def __post_init__(self) -> None:
         positive = self.world_size >= 1 and self.sub_group_size >= 1
-        if self.stage not in (1, 2, 3) or not positive:
+        if self.stage not in (0, 1, 2, 3) or not positive:
             raise ValueError(
                 f"stage {self.stage} of {self.world_size} ranks with sub-groups of "
                 f"{self.sub_group_size} elements is not a topology of ZeRO"

@@ -95,6 +95,15 @@ DEGREES = (
 )
 
 
+# what the options above are as arguments, but for the output
+TARGET = ("stage", "sub_group_size", "zero_init", "tp", "ep", "tp_rules")
+
+
+def _taken(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The values of some options, which are taken out of ``options``."""
+    return {name: options.pop(name) for name in names}
+
+
 def with_options(
     options: Sequence[Callable[..., Any]],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -125,22 +134,15 @@ def with_options(
 def reshard(
     checkpoint: Path,
     world_size: int | None,
-    stage: int | None,
     output: Path | None,
     tag: str | None,
-    sub_group_size: int | None,
-    zero_init: bool | None,
-    tp: int | None,
-    ep: int | None,
-    tp_rules: Path | None,
-    pp: str | None,
     **options: Any,
 ) -> None:
     """Rewrite a checkpoint for another number of ranks, or another stage.
 
     One of tensor parallelism, of a pipeline or of MiCS is written for ZeRO alone, or for
-    the tensor-parallel ranks of --tp. One of experts is written for the ranks of --ep. The
-    output holds DeepSpeed's own files, which
+    the tensor-parallel ranks of --tp; a pipeline for the stages of --pp, too. One of experts
+    is written for the ranks of --ep. The output holds DeepSpeed's own files, which
     engine.load_checkpoint and the Trainer's resume_from_checkpoint load as they load any.
     Weights, every optimizer state, steps, loss scale, scheduler and client state are those
     of CHECKPOINT, bit for bit.
@@ -151,24 +153,14 @@ def reshard(
     ckpt reshard out/checkpoint-500 --world-size 8 --stage 3 -o resume/checkpoint-500
     ckpt reshard out/checkpoint-500 --world-size 8 --tp 2
     ckpt reshard out/checkpoint-500 --world-size 8 --ep 4
+    ckpt reshard out/checkpoint-500 --world-size 8 --pp 0-4+embed,5-9+embed
     ckpt reshard out/checkpoint-500 --world-size 3 --dry-run
     """
     from ckpt.rewrite import job
     from ckpt.rewrite import reshard as resharding
 
-    rewriting = resharding.plan(
-        checkpoint,
-        world_size,
-        stage=stage,
-        output=output,
-        tag=tag,
-        sub_group_size=sub_group_size,
-        zero_init=zero_init,
-        tp=tp,
-        ep=ep,
-        pp=pp,
-        tp_rules=tp_rules,
-    )
+    settings = _taken(options, (*TARGET, "pp"))
+    rewriting = resharding.plan(checkpoint, world_size, output=output, tag=tag, **settings)
 
     run(rewriting, job, **options)
 
@@ -231,20 +223,15 @@ def to_universal(
 def from_universal(
     checkpoint: Path,
     world_size: int | None,
-    stage: int | None,
     output: Path | None,
     tag: str | None,
     like: Path | None,
-    sub_group_size: int | None,
-    zero_init: bool | None,
-    tp: int | None,
-    ep: int | None,
-    tp_rules: Path | None,
     **options: Any,
 ) -> None:
     """Write DeepSpeed's native files from a universal folder, whoever made it.
 
-    The output is loaded by plain engine.load_checkpoint, and by the Trainer.
+    The output is loaded by plain engine.load_checkpoint, and by the Trainer. It is for ZeRO
+    alone, for the tensor-parallel ranks of --tp or, of experts, for the ranks of --ep.
 
     \b
     ckpt from-universal out/checkpoint-500_universal --world-size 3
@@ -252,18 +239,9 @@ def from_universal(
     """
     from ckpt.rewrite import job, universal
 
+    settings = _taken(options, TARGET)
     rewriting = universal.plan_from(
-        checkpoint,
-        world_size,
-        stage=stage,
-        output=output,
-        tag=tag,
-        like=like,
-        sub_group_size=sub_group_size,
-        zero_init=zero_init,
-        tp=tp,
-        ep=ep,
-        tp_rules=tp_rules,
+        checkpoint, world_size, output=output, tag=tag, like=like, **settings
     )
 
     run(rewriting, job, **options)

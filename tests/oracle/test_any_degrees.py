@@ -224,6 +224,6 @@ def test_states_of_other_parameters_are_found(
         return tree
 
     monkeypatch.setattr(unpartitioned_files, "_optimizer", swapped)
-    with pytest.raises(CheckpointError, match="numbers, not names|fault of ckpt"):
+    with pytest.raises(CheckpointError, match=r"numbers, not names|fault of ckpt"):
         made(UNPARTITIONED, tmp_path / "o", 4, 0, tp=4)
     assert not (tmp_path / "o").exists()

@@ -104,7 +104,7 @@ def of_groups(
     values = {name: getattr(whole_checkpoint, name) for name in _field_names(MergedCheckpoint)}
     values["universal_entries"] = universal_entries.of_stacks(states.layers)
     if isinstance(source, TensorParallelCheckpoint):
-        cuts = {name: cut for name, cut in source.cuts.items() if name not in stacks}
+        cuts = {name: layout for name, layout in source.cuts.items() if name not in stacks}
         entries = tensor_parallel.universal_entries_of(source, source.entries)
         values["universal_entries"] = entries | values["universal_entries"]
         dense = replace(dense, cuts=cuts, tensor_ranks=len(source.lanes))

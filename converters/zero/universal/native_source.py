@@ -63,7 +63,7 @@ def _require_module(source: Universal) -> None:
     )
 
 
-def _named(source: Universal) -> Checkpoint:
+def _native_checkpoint(source: Universal) -> Checkpoint:
     """The checkpoint under the tag that the folder was made from, as its name tells."""
     checkpoint = source.checkpoint
     tag = reshard.tag_folder(checkpoint).removesuffix(SUFFIX) or "universal"
@@ -78,7 +78,7 @@ def _as_saved(source: Universal, checkpoint: Checkpoint) -> Checkpoint:
 
 def _dense(source: Universal, root: Any) -> MergedCheckpoint:
     """The checkpoint of a model without experts, perhaps of tensor-parallel ranks."""
-    checkpoint = _named(source)
+    checkpoint = _native_checkpoint(source)
     values = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
     values["model"] = State(checkpoint.model.file, roots.of_zero_alone(checkpoint.model.root))
     recorded = root.get(INFO)
@@ -96,7 +96,7 @@ def _dense(source: Universal, root: Any) -> MergedCheckpoint:
 
 def _with_experts(source: Universal) -> experts.ExpertsCheckpoint:
     """The checkpoint of a model of AutoEP."""
-    checkpoint = _named(source)
+    checkpoint = _native_checkpoint(source)
     states = ExpertStates(
         checkpoint.place,
         tuple([checkpoint.model] * len(source.models)),

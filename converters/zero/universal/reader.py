@@ -169,19 +169,9 @@ def _read(
     inner = place.folder / "zero"
     common, tree = _common(inner)
     rank = State(common, {"optimizer_state_dict": common.root})
-    groups: list[ParamGroup] = []
-    files: list[TorchFile] = []
-
     states_by_name = parameter_folders.states_in(inner)
-    present = states_by_name if states else parameter_folders.masters_in(states_by_name)
     layouts = tuple(group_layouts(models, rank, tree, like))
-    for shapes, options, group_state in layouts:
-        group_constants = group_state if states else {}
-        group, group_files = parameter_folders.read(
-            inner, present, shapes, options, group_constants
-        )
-        groups.append(group)
-        files += group_files
+    groups, files = _groups(inner, states_by_name, layouts, states)
 
     _require_names(models[0], groups, stacks, merged is not None)
     further_files = merged.files[1:] if merged else ()
@@ -202,6 +192,26 @@ def _read(
         cuts=merged.cuts if merged else {},
         tensor_ranks=merged.tensor_ranks if merged else 1,
     )
+
+
+def _groups(
+    inner: Path,
+    states_by_name: Mapping[str, set[str]],
+    layouts: Sequence[GroupLayout],
+    states: bool,
+) -> tuple[list[ParamGroup], list[TorchFile]]:
+    """The param groups, with their states or without, and the files that they lie in."""
+    present = states_by_name if states else parameter_folders.masters_in(states_by_name)
+    groups: list[ParamGroup] = []
+    files: list[TorchFile] = []
+    for shapes, options, group_state in layouts:
+        group_constants = group_state if states else {}
+        group, group_files = parameter_folders.read(
+            inner, present, shapes, options, group_constants
+        )
+        groups.append(group)
+        files += group_files
+    return groups, files
 
 
 def _require_names(

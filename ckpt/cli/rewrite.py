@@ -99,7 +99,7 @@ DEGREES = (
 TARGET = ("stage", "sub_group_size", "zero_init", "tp", "ep", "tp_rules")
 
 
-def _taken(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _take(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The values of some options, which are taken out of ``options``."""
     return {name: options.pop(name) for name in names}
 
@@ -159,7 +159,7 @@ def reshard(
     from ckpt.rewrite import job
     from ckpt.rewrite import reshard as resharding
 
-    settings = _taken(options, (*TARGET, "pp"))
+    settings = _take(options, (*TARGET, "pp"))
     rewriting = resharding.plan(checkpoint, world_size, output=output, tag=tag, **settings)
 
     run(rewriting, job, **options)
@@ -239,7 +239,7 @@ def from_universal(
     """
     from ckpt.rewrite import job, universal
 
-    settings = _taken(options, TARGET)
+    settings = _take(options, TARGET)
     rewriting = universal.plan_from(
         checkpoint, world_size, output=output, tag=tag, like=like, **settings
     )

@@ -98,6 +98,14 @@ def test_autoep_with_autotp_is_written_for_other_degrees(
         assert first["folding"] == second["folding"], name
 
 
+@pytest.mark.parametrize(("world", "stage", "tp", "ep"), [(4, 3, 1, 4), (4, 2, 4, 2)])
+def test_stage_3_of_autoep_with_autotp_is_written_for_other_degrees(
+    world: int, stage: int, tp: int, ep: int, tmp_path: Path
+) -> None:
+    source = SPLIT / "autoep-zero3-tensor"
+    assert values_of(made(source, tmp_path / "o", world, stage, ep, tp=tp)) == values_of(source)
+
+
 def test_autoep_on_tensor_parallel_ranks_needs_two_expert_ranks(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="on 2 expert ranks or more"):
         reshard.plan(FOLDED, 4, tp=2, ep=1)

@@ -22,6 +22,7 @@ from converters.options import PP, STAGE
 from converters.plan import Plan, Shard
 from converters.torch_files import file_plan, object_graph
 from converters.zero import muon
+from converters.zero.checkpoint import Checkpoint
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging import pipeline, roots
 from converters.zero.merging.checkpoint import MergedCheckpoint
@@ -52,7 +53,7 @@ def require(checkpoint: MergedCheckpoint, topology: TargetTopology) -> None:
     raise CheckpointError(f"{checkpoint.place.folder} {reason}", "unsupported")
 
 
-def source_of(checkpoint: merged.Checkpoint) -> PipelineCheckpoint:
+def source_of(checkpoint: Checkpoint) -> PipelineCheckpoint:
     """The pipeline that a checkpoint was merged from; ``CheckpointError`` if it was none."""
     source = merged.original(checkpoint)
     if isinstance(source, PipelineCheckpoint):
@@ -65,7 +66,7 @@ def source_of(checkpoint: merged.Checkpoint) -> PipelineCheckpoint:
     )
 
 
-def _is_split(checkpoint: merged.Checkpoint) -> bool:
+def _is_split(checkpoint: Checkpoint) -> bool:
     return isinstance(checkpoint, MergedCheckpoint) and bool(checkpoint.layer_nodes)
 
 

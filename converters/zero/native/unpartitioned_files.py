@@ -145,9 +145,9 @@ def prove(
     if tensor_ranks is None:
         results = [zero.read(folder)]
     else:
-        whole = parallel_reader.read(folder, complete=True)
-        proof.verify_cuts(whole, tensor_ranks.layouts)
-        results = lanes_of(whole)
+        model = parallel_reader.read(folder, complete=True)
+        proof.verify_cuts(model, tensor_ranks.layouts)
+        results = lanes_of(model)
 
     provenance = proof.Provenance(native_plan, output)
     counts: Counter[str] = Counter()

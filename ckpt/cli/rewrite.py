@@ -54,8 +54,8 @@ NATIVE = (
     click.option(
         "--stage",
         metavar="N",
-        type=click.IntRange(1, 3),
-        help="The ZeRO stage. Default: that of the run.",
+        type=click.IntRange(0, 3),
+        help="The ZeRO stage, or 0 for fp32 without ZeRO. Default: that of the run.",
     ),
     click.option(
         "-o",
@@ -77,6 +77,31 @@ NATIVE = (
         "deepspeed.zero.Init, as the Trainer does it.",
     ),
 )
+DEGREES = (
+    click.option(
+        "--tp",
+        metavar="RANKS",
+        type=click.IntRange(1),
+        help="The tensor-parallel ranks among them. Default: 1, for ZeRO alone.",
+    ),
+    click.option(
+        "--ep",
+        metavar="RANKS",
+        type=click.IntRange(1),
+        help="The ranks that the experts of each layer are dealt out to. Default: as many as "
+        "saved.",
+    ),
+    TP_RULES,
+)
+
+
+# what the options above are as arguments, but for the output
+TARGET = ("stage", "sub_group_size", "zero_init", "tp", "ep", "tp_rules")
+
+
+def _take(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The values of some options, which are taken out of ``options``."""
+    return {name: options.pop(name) for name in names}
 
 
 def with_options(
@@ -96,40 +121,28 @@ def with_options(
 @CHECKPOINT
 @world_size_option(help="The ranks (GPUs) that will resume. Default: as many as saved.")
 @with_options(NATIVE)
+@with_options(DEGREES)
 @click.option(
-    "--tp",
-    metavar="RANKS",
-    type=click.IntRange(1),
-    help="The tensor-parallel ranks among them. Default: 1, for ZeRO alone.",
+    "--pp",
+    metavar="STAGES",
+    help="For a pipeline: the layers of each stage, and the tied modules in it, as in "
+    "0-2+embed,3-+embed. Default: none, for a plain module.",
 )
-@click.option(
-    "--ep",
-    metavar="RANKS",
-    type=click.IntRange(1),
-    help="The ranks that the experts of each layer are dealt out to. Default: as many as saved.",
-)
-@TP_RULES
 @TAG
 @with_options(SHARED)
 @planned.opening_once
 def reshard(
     checkpoint: Path,
     world_size: int | None,
-    stage: int | None,
     output: Path | None,
     tag: str | None,
-    sub_group_size: int | None,
-    zero_init: bool | None,
-    tp: int | None,
-    ep: int | None,
-    tp_rules: Path | None,
     **options: Any,
 ) -> None:
     """Rewrite a checkpoint for another number of ranks, or another stage.
 
     One of tensor parallelism, of a pipeline or of MiCS is written for ZeRO alone, or for
-    the tensor-parallel ranks of --tp. One of experts is written for the ranks of --ep. The
-    output holds DeepSpeed's own files, which
+    the tensor-parallel ranks of --tp; a pipeline for the stages of --pp, too. One of experts
+    is written for the ranks of --ep. The output holds DeepSpeed's own files, which
     engine.load_checkpoint and the Trainer's resume_from_checkpoint load as they load any.
     Weights, every optimizer state, steps, loss scale, scheduler and client state are those
     of CHECKPOINT, bit for bit.
@@ -140,23 +153,14 @@ def reshard(
     ckpt reshard out/checkpoint-500 --world-size 8 --stage 3 -o resume/checkpoint-500
     ckpt reshard out/checkpoint-500 --world-size 8 --tp 2
     ckpt reshard out/checkpoint-500 --world-size 8 --ep 4
+    ckpt reshard out/checkpoint-500 --world-size 8 --pp 0-4+embed,5-9+embed
     ckpt reshard out/checkpoint-500 --world-size 3 --dry-run
     """
     from ckpt.rewrite import job
     from ckpt.rewrite import reshard as resharding
 
-    rewriting = resharding.plan(
-        checkpoint,
-        world_size,
-        stage=stage,
-        output=output,
-        tag=tag,
-        sub_group_size=sub_group_size,
-        zero_init=zero_init,
-        tp=tp,
-        ep=ep,
-        tp_rules=tp_rules,
-    )
+    settings = _take(options, (*TARGET, "pp"))
+    rewriting = resharding.plan(checkpoint, world_size, output=output, tag=tag, **settings)
 
     run(rewriting, job, **options)
 
@@ -213,22 +217,21 @@ def to_universal(
     help="A native checkpoint of the same model, where the folder does not tell the order of the "
     "parameters.",
 )
+@with_options(DEGREES)
 @with_options(SHARED)
 @planned.opening_once
 def from_universal(
     checkpoint: Path,
     world_size: int | None,
-    stage: int | None,
     output: Path | None,
     tag: str | None,
     like: Path | None,
-    sub_group_size: int | None,
-    zero_init: bool | None,
     **options: Any,
 ) -> None:
     """Write DeepSpeed's native files from a universal folder, whoever made it.
 
-    The output is loaded by plain engine.load_checkpoint, and by the Trainer.
+    The output is loaded by plain engine.load_checkpoint, and by the Trainer. It is for ZeRO
+    alone, for the tensor-parallel ranks of --tp or, of experts, for the ranks of --ep.
 
     \b
     ckpt from-universal out/checkpoint-500_universal --world-size 3
@@ -236,15 +239,9 @@ def from_universal(
     """
     from ckpt.rewrite import job, universal
 
+    settings = _take(options, TARGET)
     rewriting = universal.plan_from(
-        checkpoint,
-        world_size,
-        stage=stage,
-        output=output,
-        tag=tag,
-        like=like,
-        sub_group_size=sub_group_size,
-        zero_init=zero_init,
+        checkpoint, world_size, output=output, tag=tag, like=like, **settings
     )
 
     run(rewriting, job, **options)

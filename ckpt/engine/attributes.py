@@ -71,6 +71,10 @@ runtime/checkpoint_engine/checkpoint_engine.py CheckpointEngine
     create save load commit makedirs
 runtime/pipe/engine.py PipelineEngine
     grid
+runtime/pipe/module.py PipelineModule
+    partitions _layer_specs
+runtime/pipe/module.py TiedLayerSpec
+    key
 runtime/pipe/topology.py PipelineParallelGrid
     get_pipe_parallel_world_size get_stage_id
     get_slice_parallel_rank get_slice_parallel_world_size

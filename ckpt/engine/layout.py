@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.words import counted
 from converters.zero.merging.saved_degrees import NONE, Degrees
+from converters.zero.native.stage_layers import StageLayers
 from converters.zero.native.target import SUB_GROUP
 
 _CUTS = "universal_checkpoint_info"  # of the model (checkpoint/constants.py)
@@ -64,12 +66,14 @@ class Layout:
     ``reshard.prepare``: sub_group_size (elements) and, for Muon, zero_init. Muon sorts
     parameters by shape where it sees their shapes, not under ``zero.Init``. ``cuts`` is
     what an engine of AutoTP says of how it cuts parameters; ``None`` where there is no
-    engine yet.
+    engine yet. ``pipeline`` are the layers of each stage of an engine of a pipeline, as
+    ``reshard.plan`` takes them.
     """
 
     topology: Topology
     settings: Mapping[str, Any]
     cuts: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    pipeline: str | None = None
 
     @classmethod
     def of_engine(cls, engine: EngineView, world: int) -> Layout:
@@ -78,7 +82,8 @@ class Layout:
         topology = Topology(stage, world, _degrees_of(engine))
         cuts = getattr(engine.module, _CUTS, None)
         settings = _stage3(engine) if topology.stage == 3 else {}
-        return cls(topology, settings, cuts if isinstance(cuts, dict) else None)
+        own_cuts = cuts if isinstance(cuts, dict) else None
+        return cls(topology, settings, own_cuts, _stage_layers(engine.module))
 
     @classmethod
     def of_config(
@@ -118,6 +123,8 @@ class Layout:
             settings["tp"] = current.tensor_ranks
         if source_topology.degrees.expert_ranks and len(current.expert_ranks or ()) == 1:
             (settings["ep"],) = current.expert_ranks or ()
+        if source_topology.degrees.stages > 1 and self.pipeline and current.tensor_ranks == 1:
+            settings["pp"] = self.pipeline
         return settings
 
 
@@ -137,6 +144,19 @@ def _degrees_of(engine: EngineView) -> Degrees:
     # of a pipeline those of all stages
     model_ranks = int(getattr(engine, "mp_world_size", 1))
     return Degrees(max(model_ranks // stages, 1), stages, tuple(sorted(sizes)))
+
+
+def _stage_layers(module: Any) -> str | None:
+    """The layers of each stage of a ``PipelineModule``, and the tied modules in it."""
+    if not hasattr(module, "_layer_specs"):
+        return None
+
+    specs, bounds = module._layer_specs, [int(bound) for bound in module.partitions()]
+    stages = []
+    for first, end in pairwise(bounds):
+        keys = dict.fromkeys(spec.key for spec in specs[first:end] if hasattr(spec, "key"))
+        stages.append(str(StageLayers(first, end, tuple(keys))))
+    return ",".join(stages)
 
 
 def _configured_degrees(config: Mapping[str, Any]) -> Degrees:

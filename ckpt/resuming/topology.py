@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ckpt.distributed.ranks import RankGroup, alive
 from ckpt.engine.layout import Layout
 from ckpt.resuming.resume_point import ResumePoint
-from ckpt.rewrite import records, reshard_command
+from ckpt.rewrite import job, records, reshard_command
 from ckpt.rewrite.job import SAME_IN_ENGINE, Rewriting
 from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.run import Run, RunCheckpoint, is_numbered, open_checkpoint
@@ -27,7 +27,6 @@ from converters.errors import CheckpointError
 from converters.options import TP_RULES
 from converters.words import shell_word
 from converters.zero.files.discovery import is_tag_folder
-from converters.zero.native import reshard
 from converters.zero.parallel import engine_cuts
 
 log = logging.getLogger("ckpt")
@@ -89,12 +88,14 @@ def refusal(source: ResumePoint, layout: Layout, alternative: str = "") -> Check
 def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
     """What to do where no command makes native files
     for such an engine; ``None`` elsewhere."""
-    current = layout.topology.degrees
-    if current.stages > 1:
+    saved, current = source.topology.degrees, layout.topology.degrees
+    is_plain = saved.stages > 1 and saved.tensor_ranks == current.tensor_ranks == 1
+    if current.stages > 1 and not is_plain:
         return (
-            "native files are not written for several pipeline stages: load a universal folder "
-            f"(ckpt to-universal {source.folder}), which DeepSpeed cuts itself, with "
-            "checkpoint.load_universal in its configuration and engine.load_checkpoint"
+            "native files of several pipeline stages are written of pipelines without tensor "
+            f"parallelism alone: load a universal folder (ckpt to-universal {source.folder}), "
+            "which DeepSpeed cuts itself, with checkpoint.load_universal in its configuration "
+            "and engine.load_checkpoint"
         )
     if len(current.expert_ranks or ()) > 1:
         return (
@@ -143,7 +144,9 @@ def _output_of(source: ResumePoint, layout: Layout) -> Path:
     settings = layout.options(saved)
     degree = f"-tp{settings['tp']}" if "tp" in settings else ""
     if "ep" in settings and saved.degrees.expert_ranks != (settings["ep"],):
-        degree = f"-ep{settings['ep']}"
+        degree += f"-ep{settings['ep']}"
+    if "pp" in settings:
+        degree = f"-pp{current.degrees.stages}"
     name = f"{source.folder.name}{stage}{degree}-w{current.world_size}"
     return source.folder.with_name(name)
 
@@ -355,8 +358,7 @@ def _may_be_replaced(source: ResumePoint, rewriting: Rewriting) -> bool:
 
     with suppress(CheckpointError):
         if source.foreign and rewriting.target is not None:
-            checkpoint = rewriting.checkpoint
-            reshard.prove(checkpoint, rewriting.target, rewriting.plan, rewriting.output)
+            job.prove(rewriting, rewriting.output)
             return True
 
     raise CheckpointError(

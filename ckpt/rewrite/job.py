@@ -40,15 +40,14 @@ from converters.zero import checkpoint as zero
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.merging.tensor_ranks import TensorRanks
-from converters.zero.native import expert_files, reshard
+from converters.zero.native import expert_proof, pipeline_files, reshard, unpartitioned_files
 from converters.zero.native import proof as retrace
 from converters.zero.native.target import TargetTopology
 from converters.zero.universal import proof, reader
-from converters.zero.universal.reader import Universal
 
 ARGUMENTS = (  # of the functions for users, as errors name them
     *("output=", "tag=", "world_size=", "stage=", "like=", "sub_group_size=", "zero_init=True"),
-    *("tp_rules=", "tp=", "ep=", "zero_init=False"),
+    *("tp_rules=", "tp=", "ep=", "pp=", "zero_init=False"),
     *("verify=False", "read_back=True", "overwrite=True"),
 )
 # written, never copied
@@ -71,14 +70,14 @@ _COPIED = (
 class Rewriting:
     """A rewriting decided on but not begun: what is read, what is written, and where.
 
-    ``source`` is a native checkpoint or a universal one, and ``path`` what the caller
-    named it by; ``target`` is what is made of it, or ``None`` for the universal format.
-    ``tag`` is that of the output, ``companions`` are the files to copy, under their new
-    names; ``notes`` what a user should know; ``tensor_ranks`` how parameters are cut for
-    tensor-parallel ranks, if there will be several.
+    ``source`` is a native checkpoint or what a universal one stands for, and ``path``
+    what the caller named it by; ``target`` is what is made of it, or ``None`` for the
+    universal format. ``tag`` is that of the output, ``companions`` are the files to copy,
+    under their new names; ``notes`` what a user should know; ``tensor_ranks`` how
+    parameters are cut for tensor-parallel ranks, if there will be several.
     """
 
-    source: zero.Checkpoint | Universal
+    source: zero.Checkpoint
     path: Path
     target: TargetTopology | None
     plan: Plan
@@ -93,25 +92,18 @@ class Rewriting:
         form = "universal"
         if self.target is not None:
             form = f"stage {self.target.stage}, {counted(self.target.rank_count, 'rank')}"
-        source = str(self.checkpoint.place.folder)
+        source = str(self.folder)
         return f"<Rewriting {source!r} to {str(self.output)!r}: {form}>"
-
-    @property
-    def checkpoint(self) -> zero.Checkpoint:
-        """The checkpoint that the source is, or stands for."""
-        if isinstance(self.source, Universal):
-            return self.source.checkpoint
-        return self.source
 
     @property
     def folder(self) -> Path:
         """The folder of the source's tag."""
-        return self.checkpoint.place.folder
+        return self.source.place.folder
 
     @property
     def home(self) -> Path:
         """The folder that the source's tag lies in."""
-        return home_of(self.checkpoint)
+        return home_of(self.source)
 
     @property
     def pointer(self) -> str:
@@ -196,7 +188,7 @@ def execute(
         open_files.releasing(staged_folder),  # before it is renamed, or deleted
     ):
         report = _move(rewriting, staged_folder, verify, workers, progress)
-        counts = _prove(rewriting, staged_folder)
+        counts = prove(rewriting, staged_folder)
         read_back_bytes = retrace.read_back(plan, staged_folder) if read_back else 0
         _complete(rewriting, staged_folder)
 
@@ -250,15 +242,21 @@ def _move(
 
 
 @open_files.once()
-def _prove(rewriting: Rewriting, staged_folder: Path) -> dict[str, int]:
+def prove(rewriting: Rewriting, staged_folder: Path) -> dict[str, int]:
+    """Reads the finished files and compares all of them with the source; counts tensors.
+
+    ``CheckpointError`` if anything is not equal.
+    """
     source, target, plan = rewriting.source, rewriting.target, rewriting.plan
-    if isinstance(source, Universal):
-        assert target is not None
-        return proof.from_universal(source, target, plan, staged_folder)
     if target is None:
         return proof.to_universal(source, plan, staged_folder)
+    if not target.stage:
+        tensor_ranks = rewriting.tensor_ranks
+        return unpartitioned_files.prove(source, target, plan, staged_folder, tensor_ranks)
     if isinstance(source, ExpertsCheckpoint):
-        return expert_files.prove(source, target, plan, staged_folder)
+        return expert_proof.prove(source, target, plan, staged_folder, rewriting.tensor_ranks)
+    if target.stages and isinstance(source, merged.MergedCheckpoint):
+        return pipeline_files.prove(source, target, plan, staged_folder)
     return reshard.prove(source, target, plan, staged_folder, rewriting.tensor_ranks)
 
 
@@ -268,9 +266,8 @@ def _complete(rewriting: Rewriting, staged_folder: Path) -> None:
 
     source_manifest = records.source_manifest(rewriting.home, _source_tag(rewriting))
     origin = _origin(rewriting, source_manifest)
-    target, is_native = rewriting.target, not isinstance(rewriting.source, Universal)
-    manifest = None
-    if source_manifest is not None and target is not None and is_native:
+    target, manifest = rewriting.target, None
+    if source_manifest is not None and target is not None:
         manifest = records.rewritten(source_manifest, target, origin)
     else:
         records.write_record(staged_folder, origin, target)
@@ -281,23 +278,23 @@ def _complete(rewriting: Rewriting, staged_folder: Path) -> None:
 
 
 def _source_tag(rewriting: Rewriting) -> str:
-    return rewriting.checkpoint.place.folder.name
+    return rewriting.folder.name
 
 
 def _origin(rewriting: Rewriting, source_manifest: Manifest | None) -> Ancestry:
     """The checkpoint that the output is made of."""
-    source = rewriting.checkpoint
+    source = merged.original(rewriting.source)
     origin = Ancestry(
         "universal" if rewriting.target is None else "resharded",
         name=rewriting.home.name or None,
         step=source.step,
-        world_size=merged.original(source).world_size,
-        stage=rewriting.source.stage,
+        world_size=source.world_size,
+        stage=source.stage,
     )
     return records.first_origin(rewriting.home, source_manifest, origin)
 
 
 def preview(rewriting: Rewriting) -> RewriteResult:
     """The files that the rewriting would read and write; reads no tensor."""
-    source = merged.original(rewriting.checkpoint)
-    return output_folder.preview_of(rewriting, source, rewriting.source.stage, source.world_size)
+    source = merged.original(rewriting.source)
+    return output_folder.preview_of(rewriting, source, source.stage or 0, source.world_size)

@@ -30,7 +30,6 @@ from converters.storage.store import is_url
 from converters.zero import checkpoint as zero
 from converters.zero import weights_16bit
 from converters.zero.native.target import TargetTopology
-from converters.zero.universal.reader import Universal
 
 
 def source_manifest(home: Path, tag_name: str) -> Manifest | None:
@@ -87,6 +86,8 @@ def save_of(source: Manifest, target: TargetTopology) -> str:
         for name, count in (("tp", target.tensor_ranks), ("ep", target.expert_ranks))
         if count > 1
     ]
+    if target.stages:
+        degrees.append(f" pp {','.join(map(str, target.stages))}")
     return sha256(f"{source.save} {target}{''.join(degrees)}".encode()).hexdigest()[:32]
 
 
@@ -126,7 +127,7 @@ def _digest(path: Path) -> manifests.FileRecord:
         return manifests.digest(path)
 
 
-def require_one_save(source: Source | Universal) -> None:
+def require_one_save(source: Source) -> None:
     """``CheckpointError`` where the files of a source are proven to be of two saves.
 
     By the digests in its manifest, if it has one, and by the values of what is stored

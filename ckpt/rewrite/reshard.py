@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from ckpt.deprecation import renamed
-from ckpt.rewrite import job
+from ckpt.rewrite import job, targets
 from ckpt.rewrite.job import ARGUMENTS, SAME_IN_ENGINE, Rewriting
 from ckpt.rewrite.job import execute as execute
+from ckpt.rewrite.targets import Settings
 from ckpt.weights.arguments import naming_arguments
-from converters import words
 from converters.errors import CheckpointError
-from converters.options import EP, STAGE, TP, WORLD_SIZE
-from converters.plan import Plan
+from converters.options import EP, STAGE, WORLD_SIZE
 from converters.storage import open_files, stores
 from converters.storage.store import default_output, output_path
 from converters.storage.stores import source_path
@@ -33,8 +31,6 @@ from converters.zero.files import several_models
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging import reader as merging
 from converters.zero.merging.experts import ExpertsCheckpoint
-from converters.zero.merging.tensor_ranks import TensorRanks
-from converters.zero.native import expert_files
 from converters.zero.native import reshard as native
 from converters.zero.native.target import SUB_GROUP, TargetTopology, require_arguments
 from converters.zero.parallel import engine_cuts, rules
@@ -54,6 +50,7 @@ def plan(
     zero_init: bool | None = None,
     tp: int | None = None,
     ep: int | None = None,
+    pp: str | None = None,
     tp_rules: str | os.PathLike[str] | None = None,
 ) -> Rewriting:
     """Plans the same checkpoint for ``world_size`` ranks and a stage;
@@ -63,7 +60,8 @@ def plan(
     ``tp``, of that many tensor-parallel ranks among the ``world_size``. ``tp_rules`` is
     a file that says how parameters are cut for them, where the checkpoint does not.
     ``ep`` are the ranks that the experts of each layer are dealt out to; by default as
-    many as saved.
+    many as saved. ``pp`` are the layers and the tied modules of each pipeline stage that a
+    pipeline is written for, as text: "0-2+embed,3-+embed".
 
     Reads pickles, and what ranks share of Muon's momentum. ``sub_group_size``
     (elements, stage 3) defaults to the run's own. ``zero_init``: whether the engine's
@@ -74,19 +72,15 @@ def plan(
     require_arguments(tp or 1 if world_size is None else world_size, stage, sub_group_size, tp, ep)
     place = source_path(checkpoint)
     several_models.find(place, tag)  # refuses a choice between models
-    degree = tp or 1
     with rules.using(tp_rules):
         source = merging.read(place, tag)
-        expert_ranks = _expert_ranks(source, ep, degree)
-        tensor_ranks = TensorRanks.of(source, degree) if degree > 1 else None
-    if world_size is None:
-        world_size = merged.original(source).world_size
-        require_arguments(world_size, stage, sub_group_size, tp, ep)
-    target = native.target(source, stage, world_size // degree, sub_group_size, zero_init)
-    target = replace(target, tensor_ranks=degree, expert_ranks=expert_ranks)
+        if world_size is None:
+            world_size = merged.original(source).world_size
+            require_arguments(world_size, stage, sub_group_size, tp, ep)
+        settings = Settings(stage, sub_group_size, zero_init, tp, ep, pp)
+        target, tensor_ranks = targets.target_of(source, world_size, settings)
     _require_change(source, target)
 
-    file_plan = _file_plan(source, target, tensor_ranks)
     home = job.home_of(source)
     if output is None:
         output = default_output(home, _output_name(source, target))
@@ -97,7 +91,7 @@ def plan(
         source=source,
         path=place,
         target=target,
-        plan=file_plan,
+        plan=targets.file_plan(source, target, tensor_ranks),
         output=absolute(output_path(output)),
         tag=native.tag_folder(source),
         companions=companions,
@@ -110,62 +104,21 @@ def plan(
     )
 
 
-def _file_plan(
-    source: zero.Checkpoint, target: TargetTopology, tensor_ranks: TensorRanks | None
-) -> Plan:
-    """The files of the target."""
-    if isinstance(source, ExpertsCheckpoint):
-        return expert_files.plan(source, target)
-    return native.plan(source, target, tensor_ranks)
-
-
 def _output_name(source: zero.Checkpoint, target: TargetTopology) -> str:
     """The default name of the output: that of the source, and what is not as it was."""
     stage_part = f"-z{target.stage}" if target.stage != source.stage else ""
-    degree_part = f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
-    if isinstance(source, ExpertsCheckpoint) and source.expert_sizes != (target.expert_ranks,):
-        degree_part = f"-ep{target.expert_ranks}"
-    name = job.home_of(source).name
-    return f"{name}{stage_part}{degree_part}-w{target.rank_count}"
-
-
-def _expert_ranks(source: zero.Checkpoint, ep: int | None, degree: int) -> int:
-    """The ranks to deal the experts out to;
-    ``CheckpointError`` where that cannot be known."""
-    folder = source.place.folder
-    if not isinstance(source, ExpertsCheckpoint):
-        if ep is not None:
-            raise CheckpointError(
-                f"{folder} has no experts to deal out; leave out {EP}", "unsupported"
-            )
-        return 1
-
-    if degree > 1:
-        raise CheckpointError(
-            f"{folder} is of experts, which are not written for tensor-parallel ranks yet; leave "
-            f"out {TP}",
-            "unsupported",
-        )
-    if ep is None and len(source.expert_sizes) != 1:
-        sizes = words.numbers(source.expert_sizes)
-        raise CheckpointError(
-            f"{folder} has layers whose experts are dealt out to {sizes} ranks, and DeepSpeed, "
-            "which orders their param groups by chance on each rank, does not load such a "
-            f"checkpoint; name one number for all layers with {EP}, and give the engine's layers "
-            "the same ep_size",
-            "unsupported",
-        )
-    return ep or source.expert_sizes[0]
+    degrees = targets.degrees_in_name(source, target)
+    return f"{job.home_of(source).name}{stage_part}{degrees}-w{target.rank_count}"
 
 
 def _require_change(source: zero.Checkpoint, target: TargetTopology) -> None:
     """``CheckpointError`` if the checkpoint is what is asked for already."""
     saved = merged.original(source)
     degree = len(saved.lanes) if isinstance(saved, TensorParallelCheckpoint) else 1
-    is_merged = isinstance(source, merged.MergedCheckpoint)
+    is_other = isinstance(source, merged.MergedCheckpoint) and degree == 1
     if isinstance(source, ExpertsCheckpoint):
-        is_merged = source.expert_sizes != (target.expert_ranks,)
-    if target.tensor_ranks != degree or (is_merged and degree == 1):
+        is_other = source.expert_sizes != (target.expert_ranks,)
+    if target.tensor_ranks != degree or is_other:
         return
 
     unchanged = target.stage == source.stage and target.world_size == source.world_size

@@ -52,7 +52,7 @@ def _free(output: Path) -> Path:
 
 def _options(settings: Mapping[str, Any]) -> str:
     """Settings of a layout as options of ``ckpt reshard``."""
-    arguments = [f" --{name} {settings[name]}" for name in ("tp", "ep") if name in settings]
+    arguments = [f" --{name} {settings[name]}" for name in ("tp", "ep", "pp") if name in settings]
     if "sub_group_size" in settings:
         arguments.append(f" --sub-group-size {settings['sub_group_size']}")
     if "zero_init" in settings:

@@ -14,9 +14,10 @@ import os
 from pathlib import Path
 
 from ckpt.deprecation import renamed
-from ckpt.rewrite import job, reshard, universal_limits
+from ckpt.rewrite import job, reshard, targets, universal_limits
 from ckpt.rewrite.job import ARGUMENTS, Rewriting
 from ckpt.rewrite.job import execute as execute
+from ckpt.rewrite.targets import Settings
 from ckpt.weights.arguments import naming_arguments
 from converters.errors import CheckpointError
 from converters.options import WORLD_SIZE
@@ -32,8 +33,8 @@ from converters.zero.merging import reader as merging
 from converters.zero.native import reshard as native
 from converters.zero.native.target import require_arguments
 from converters.zero.parallel import rules
+from converters.zero.universal import native_source, reader
 from converters.zero.universal import plan as planning
-from converters.zero.universal import reader
 from converters.zero.universal.reader import SUFFIX, Universal
 
 
@@ -84,46 +85,55 @@ def plan_from(
     like: str | os.PathLike[str] | None = None,
     sub_group_size: int | None = None,
     zero_init: bool | None = None,
+    tp: int | None = None,
+    ep: int | None = None,
+    tp_rules: str | os.PathLike[str] | None = None,
 ) -> Rewriting:
     """Plans native files of a universal folder for ``world_size`` ranks and a stage.
 
     The stage defaults to that of the run that saved. ``like`` is a native checkpoint of
     the same model, for a folder that does not tell the order of the parameters. Reads
-    pickles, and the first 65,536 elements of each parameter. ``zero_init`` as
-    ``reshard.plan`` has it. Raises ``CheckpointError``, without ``world_size`` one that
-    says how many ranks saved.
+    pickles, and the first 65,536 elements of each parameter. ``zero_init``, ``tp``,
+    ``ep`` and ``tp_rules`` as ``reshard.plan`` has them. Raises ``CheckpointError``,
+    without ``world_size`` one that says how many ranks saved.
     """
-    require_arguments(1 if world_size is None else world_size, stage, sub_group_size)
+    require_arguments(tp or 1 if world_size is None else world_size, stage, sub_group_size, tp, ep)
     path = source_path(folder)
-    source = reader.read(path, tag, zero.read(like) if like else None)
-    checkpoint = source.checkpoint
-    if world_size is None:
-        raise _without_world_size(path, source)
-    home = job.home_of(checkpoint)
-    saved_stage = source.stage
-    target = native.target(checkpoint, stage or saved_stage, world_size, sub_group_size, zero_init)
-    file_plan = planning.from_universal(source, target)
-    stage_part = f"-z{target.stage}" if target.stage != saved_stage else ""
-    name = f"{home.name.removesuffix(SUFFIX)}{stage_part}-w{world_size}"
+    with rules.using(tp_rules):
+        universal = reader.read(path, tag, zero.read(like) if like else None, parallel=True)
+        if world_size is None:
+            raise _without_world_size(path, universal)
+        source = native_source.checkpoint_of(universal)
+        own_stage = universal.stage if stage is None else stage
+        settings = Settings(own_stage, sub_group_size, zero_init, tp, ep)
+        target, tensor_ranks = targets.target_of(source, world_size, settings)
+
+    home = job.home_of(source)
+    degrees = targets.degrees_in_name(source, target)
+    stage_part = f"-z{target.stage}" if target.stage != universal.stage else ""
+    name = f"{home.name.removesuffix(SUFFIX)}{stage_part}{degrees}-w{world_size}"
+    saved_world_size = merged.original(source).world_size
 
     return Rewriting(
         source=source,
         path=path,
         target=target,
-        plan=file_plan,
+        plan=targets.file_plan(source, target, tensor_ranks),
         output=absolute(output_path(output or default_output(home, name))),
-        tag=planning.native_tag(source),
-        companions=tuple(job.companions_for(home, checkpoint.world_size, world_size)),
-        notes=(*checkpoint.notes, *reshard.notes_on(checkpoint, target)),
+        tag=native.tag_folder(source),
+        companions=tuple(job.companions_for(home, saved_world_size, world_size)),
+        notes=(*source.notes, *reshard.notes_on(source, target)),
+        tensor_ranks=tensor_ranks,
     )
 
 
 def _without_world_size(path: Path, source: Universal) -> CheckpointError:
     """That nobody said for how many ranks files are to be made, and how many there were."""
+    ranks = source.checkpoint.world_size * source.model_ranks
     return CheckpointError(
         f"{path} fits any number of ranks, and native files fit one number: say with "
         f"{WORLD_SIZE('RANKS')} how many ranks (GPUs) will resume; "
-        f"{counted(source.checkpoint.world_size, 'rank')} saved it, with ZeRO stage {source.stage}",
+        f"{counted(ranks, 'rank')} saved it, with ZeRO stage {source.stage}",
         "refused",
     )
 

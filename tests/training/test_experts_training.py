@@ -42,12 +42,18 @@ def losses_of(folder: Path) -> list[float]:
     return losses
 
 
-def universal_job(folder: Path) -> dict[str, Any]:
-    """AutoEP from a universal folder, in an engine of another stage and number of ranks."""
-    source = folder / "stacked-universal"
+def universal_jobs(folder: Path) -> list[dict[str, Any]]:
+    """AutoEP from a universal folder, in an engine of another stage and number of ranks; and
+    from native files that were made of the folder, with other expert ranks."""
+    source, native = folder / "stacked-universal", folder / "stacked-native-source"
     universal.execute(universal.plan_to(folder / "stacked-half", output=source))
+    universal.execute(universal.plan_from(source, 2, stage=1, ep=1, output=native))
     name = str(folder / "stacked-folder")
-    return {**UNIVERSAL, "out": name, "source": str(source), "again": f"{name}-again"}
+    jobs = [{**UNIVERSAL, "out": name, "source": str(source), "again": f"{name}-again"}]
+    name = str(folder / "stacked-native")
+    job = {"model": "stacked", "stage": 1, "sizes": [1]}
+    jobs.append({**job, "out": name, "source": str(native), "again": f"{name}-again"})
+    return jobs
 
 
 def test_training_goes_on_with_other_expert_ranks(tmp_path: Path) -> None:
@@ -83,13 +89,36 @@ def test_training_goes_on_with_other_expert_ranks(tmp_path: Path) -> None:
             places = {"out": str(name), "source": str(source), "again": f"{name}-again"}
             jobs.append({**job, **places})
         if ranks == 2:
-            jobs.append(universal_job(tmp_path))
+            jobs += universal_jobs(tmp_path)
         launch(tmp_path, ranks, jobs)
 
-    for model, ranks in (*((model, ranks) for model, ranks, *_ in TARGETS), ("stacked", "folder")):
+    names = [(model, str(ranks)) for model, ranks, *_ in TARGETS]
+    for model, ranks in (*names, ("stacked", "folder"), ("stacked", "native")):
         expected = losses_of(tmp_path / model)
         assert expected[-1] < expected[0]
         losses = losses_of(tmp_path / f"{model}-{ranks}")
         assert losses == pytest.approx(expected[STEPS:], rel=REDUCTION_ORDER), (model, ranks)
         again = values_of(tmp_path / f"{model}-{ranks}-again")
         assert again == values_of(tmp_path / f"{model}-half"), (model, ranks)
+
+
+def test_training_goes_on_with_autoep_on_tensor_parallel_ranks(tmp_path: Path) -> None:
+    """AutoEP with AutoTP to ZeRO alone, and that, which DeepSpeed saved again, back to AutoTP; and
+    to other expert ranks under stage 3. An engine of AutoTP says how it cuts."""
+    half = tmp_path / "half"
+    job = {"model": "stacked", "stage": 2, "sizes": [2], "tp": 2}
+    launch(tmp_path, 4, [{**job, "out": f"{tmp_path}/whole", "half": str(half)}])
+
+    def resumed(name: str, source: str, **changes: Any) -> dict[str, Any]:
+        places = {"out": f"{tmp_path}/{name}", "source": f"{tmp_path}/{source}"}
+        return {**job, **changes, **places, "again": f"{tmp_path}/{name}-again", "reshard": "auto"}
+
+    launch(tmp_path, 2, [resumed("flat", "half", stage=1, tp=1)])
+    jobs = [resumed("folded", "flat-again"), resumed("whole-ranks", "half", stage=3, sizes=[4])]
+    launch(tmp_path, 4, jobs)
+
+    expected, values = losses_of(tmp_path / "whole"), values_of(half)
+    for name in ("flat", "folded", "whole-ranks"):
+        losses = losses_of(tmp_path / name)
+        assert losses == pytest.approx(expected[STEPS:], rel=REDUCTION_ORDER), name
+        assert values_of(tmp_path / f"{name}-again") == values, name

@@ -60,14 +60,33 @@ RESUMED = {"source": "half", "reshard": "auto"}
 
 
 def native_tensor_ranks(trainings: Trainings) -> list[dict[str, Any]]:
-    """AutoTP 2 to AutoTP 4, and ZeRO-3 alone to AutoTP 2, where a training resumes."""
+    """AutoTP 2 to AutoTP 4, and ZeRO-3 alone to AutoTP 2, where a training resumes; AutoTP 2 to
+    AutoTP 4 without ZeRO, and that, which DeepSpeed saved again, to AutoTP 2 under stage 3."""
     jobs: list[dict[str, Any]] = [
         {"model": "fused", "tp": 4, "stage": 2, **RESUMED, "name": "native-tp4"},
         {"model": "fused", "tp": 2, "stage": 1, **RESUMED, "name": "native-tp2"},
     ]
     jobs[1]["source"] = "start-3"
-    for job in jobs:
-        trainings.run(job["tp"], job)
+    source = trainings.reshard("half", "start-0", 4, 0, tp=4)
+    jobs.append({"model": "fused", "tp": 4, "stage": 0, "source": source, "name": "without-zero"})
+    trainings.run(4, jobs[0], jobs[2])
+    source = trainings.reshard("without-zero-again", "start-0-3", 2, 3, tp=2)
+    jobs.append({"model": "fused", "tp": 2, "stage": 3, "source": source, "name": "zero-again"})
+    trainings.run(2, jobs[1], jobs[3])
+    return jobs
+
+
+def native_stages(trainings: Trainings) -> list[dict[str, Any]]:
+    """A pipeline of two stages to four, and to one on two ranks, where a training resumes;
+    and the four stages, which DeepSpeed saved, to two of two ranks."""
+    resumed = {"model": "pipeline", "stage": 1, **RESUMED}
+    jobs: list[dict[str, Any]] = [
+        {**resumed, "pp": 4, "name": "native-pp4"},
+        {**resumed, "pp": 1, "name": "native-pp1"},
+        {**resumed, "pp": 2, "source": "native-pp4-again", "name": "native-pp2"},
+    ]
+    for job, ranks in zip(jobs, (4, 2, 4), strict=True):
+        trainings.run(ranks, job)
     return jobs
 
 
@@ -114,6 +133,8 @@ def test_training_goes_on_with_zero_alone_and_with_any_degrees(
 
     if model == "fused":
         jobs += native_tensor_ranks(trainings)
+    else:
+        jobs += native_stages(trainings)
 
     losses = trainings.losses("whole")
     assert len(set(losses)) == 2 * STEPS

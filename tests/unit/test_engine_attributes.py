@@ -31,6 +31,7 @@ COMMON = {
     *("config", "device", "save", "load", "commit", "create", "makedirs", "status"),
     *("overflow", "scale_factor", "grid", "optimizer", "zero_config"),
     *("gradient_accumulation_steps", "lr_scheduler", "_save_checkpoint", "train_batch_size"),
+    *("partitions", "key"),
 }
 ENGINES = {"engine", "first", "deepspeed_engine", "model_wrapped", "optimizer"}
 ASKING = {"getattr", "hasattr", "setattr", "delattr"}

@@ -20,7 +20,7 @@ SOURCE = FIXTURES / "zero2-bf16-w2"
         (0, {}, "world_size is 0; expected a number of ranks, 1 or more"),
         (True, {}, "world_size is True; expected a number of ranks, 1 or more"),
         (3, {"stage": 7}, "stage is 7; expected a ZeRO stage, 1, 2 or 3"),
-        (3, {"stage": 0}, "stage is 0; expected a ZeRO stage, 1, 2 or 3"),
+        (3, {"stage": -1}, "stage is -1; expected a ZeRO stage, 1, 2 or 3"),
         (3, {"stage": 3, "sub_group_size": 0}, "sub_group_size is 0; expected a number of"),
     ],
 )

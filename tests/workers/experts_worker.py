@@ -1,6 +1,7 @@
 """One rank of trainings with experts by stock DeepSpeed: DeepSpeed-MoE and AutoEP.
 
 experts_worker.py JOBS   each {"model", "out", "stage", "sizes"} and perhaps
+    "tp"       tensor-parallel ranks (AutoTP); of the model "stacked" alone
     "source"   the checkpoint that it goes on from, "universal" one or not
     "reshard"  that of ckpt.resume, which loads it then
     "again"    where it is saved as soon as it is loaded
@@ -30,6 +31,13 @@ import ckpt
 
 GLOBAL_BATCH = 12  # sequences
 EXPERTS, STEPS = 4, 3
+PARTITIONING = {
+    "use_default_specs": False,
+    "layer_specs": [
+        {"patterns": [r".*o_proj\.weight$"], "partition_type": "row"},
+        {"patterns": [r".*[qkv]_proj\.weight$"], "partition_type": "column"},
+    ],
+}
 
 
 class Experts(nn.Module):
@@ -71,7 +79,7 @@ def stacked() -> Any:
         max_position_embeddings=16,
         moe_intermediate_size=8,
         intermediate_size=16,
-        num_key_value_heads=1,
+        num_key_value_heads=2,
         head_dim=4,
         num_experts=EXPERTS,
     )
@@ -94,8 +102,9 @@ def engine_of(job: dict[str, Any]) -> Any:
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    degree = job.get("tp", 1)
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world,
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // (world // degree),
         "zero_optimization": {
             "stage": job["stage"],
             "stage3_param_persistence_threshold": 10,
@@ -105,6 +114,8 @@ def engine_of(job: dict[str, Any]) -> Any:
     }
     if job.get("universal"):
         config["checkpoint"] = {"load_universal": True}
+    if degree > 1:
+        config["tensor_parallel"] = {"autotp_size": degree, "partition_config": PARTITIONING}
     seed = job.get("seed", 1234)
     torch.manual_seed(seed)
     if job["model"] == "stacked":
@@ -141,12 +152,14 @@ def engine_of(job: dict[str, Any]) -> Any:
 def losses_of(engine: Any, job: dict[str, Any]) -> list[float]:
     """Trains on, and gives the loss of each step over all ranks."""
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    micro, losses = GLOBAL_BATCH // world, []
+    degree = job.get("tp", 1)
+    replica, losses = rank // degree, []
+    micro = GLOBAL_BATCH // (world // degree)
     first = engine.global_steps
     for step in range(first, first + job.get("steps", STEPS)):
         generator = torch.Generator().manual_seed(step)
         batch = torch.randint(16, (GLOBAL_BATCH, 6), generator=generator)
-        loss = loss_of(engine, job, batch[rank * micro : (rank + 1) * micro])
+        loss = loss_of(engine, job, batch[replica * micro : (replica + 1) * micro])
         engine.backward(loss)
         engine.step()
         mean = loss.detach().double().clone()

@@ -96,36 +96,37 @@ def _stacks(place: Place, lanes: Sequence[Lane], layers: Sequence[AutoEPLayer]) 
             continue
         expert_groups.require_count(states[0], group)
         for expert_rank in range(group.expert_ranks):
-            members = _members(place, states, group, expert_rank, next(iter(shapes), ""))
+            own_ranks = members(place, states, group, expert_rank, next(iter(shapes), ""))
             local_shapes = auto_ep.local_shapes(model, layers, shapes, expert_rank, group)
-            flat = expert_groups.flat_group(states, group, members, local_shapes)
+            flat = expert_groups.flat_group(states, group, own_ranks, local_shapes)
             local_weights |= {(name, expert_rank): ref for name, ref in flat.masters().items()}
 
     return auto_ep.whole_stacks(model, layers, local_weights)
 
 
-def _members(
+def members(
     place: Place, states: Sequence[State], group: SharedGroup, expert_rank: int, name: str
 ) -> list[int]:
     """The files that share the experts of an expert rank, by their place in the vector."""
-    members: dict[int, int] = {}
+    positions: dict[int, int] = {}
     for index, state in enumerate(states):
         folding = folded_lanes.folding(state)
         if folding.required("ep_rank", int) != expert_rank:
             continue
         family = folding.section("param_families").section(name)
         position = family.required("zero_partition_rank", int)
-        if position in members:
+        if position in positions:
             raise state.fail(
                 f"{folded_lanes.KEY} has {name} at place {position} of expert rank "
-                f"{expert_rank}, as {states[members[position]].path.name} has; two saves are mixed"
+                f"{expert_rank}, as {states[positions[position]].path.name} has; two saves are "
+                "mixed"
             )
-        members[position] = index
+        positions[position] = index
 
     count = group.name.partition_count
     label = f"optimizer files with part N of expert rank {expert_rank}"
-    one_save.require_numbered(place, label, count, members)
-    return [members[position] for position in range(count)]
+    one_save.require_numbered(place, label, count, positions)
+    return [positions[position] for position in range(count)]
 
 
 def _dense_weights(lane: Lane) -> Weights:

@@ -27,6 +27,11 @@ def in_rank_order(
         counts = [count for count in rank_count if isinstance(count, int)]
         rank_count = max(counts, default=len(optimizers))
 
+    # of AutoEP with AutoTP more ranks may share experts than have files of one model rank
+    folding = first_state.root.get("folding")
+    if isinstance(folding, dict):
+        rank_count = folding.get("zero_partition_count", rank_count)
+
     if not isinstance(rank_count, int) or not 1 <= rank_count <= state_files.MAX_RANKS:
         raise first_state.fail(
             f"partition_count is {state_files.shown(rank_count)}, expected a number of ranks"

@@ -21,6 +21,7 @@ from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import discovery
 from converters.zero.files.state_files import MAX_NESTING, State
 from converters.zero.merging import roots
+from converters.zero.parallel.cuts import Cut
 from converters.zero.param_groups import ParamGroup
 
 Node = Any  # a value in a tree (``object_graph``)
@@ -35,6 +36,8 @@ class MergedCheckpoint(Checkpoint):
     files by data rank. ``layer_nodes`` are values of the state dict that lie in other
     files, ``changes`` entries of model files that the whole model has otherwise,
     ``universal_entries`` what the files of the universal format say of a parameter.
+    ``cuts`` are how its parameters were cut for ``tensor_ranks`` of them.
+    ``optimizer_entries`` are the root of an optimizer file, where there are none.
     """
 
     source: Source
@@ -43,6 +46,9 @@ class MergedCheckpoint(Checkpoint):
     layer_nodes: Mapping[str, Node] = field(default_factory=dict)
     changes: Mapping[str, Any] = field(default_factory=dict)
     universal_entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    tensor_ranks: int = 1
+    optimizer_entries: Mapping[Any, Any] | None = None
 
     def model_root(self, root: Mapping[Any, Any]) -> Any:
         """The root of a model file with the state dict of the whole model."""
@@ -136,10 +142,16 @@ def universal_entries(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
 def optimizer_root(checkpoint: Checkpoint, rank: int) -> dict[Any, Any]:
     """The root of the optimizer file that rank ``rank``
     of any other number is made from."""
-    root = object_graph.read_root(checkpoint.ranks[rank % len(checkpoint.ranks)].path)
+    path = checkpoint.ranks[rank % len(checkpoint.ranks)].path
     if not isinstance(checkpoint, MergedCheckpoint):
-        return root
+        return object_graph.read_root(path)
+    root = checkpoint.optimizer_entries or object_graph.read_root(path)
     return roots.of_zero_alone(root, checkpoint.changes.get(roots.CONFIGURATION))
+
+
+def optimizer_entries_of(checkpoint: Checkpoint) -> Mapping[Any, Any] | None:
+    """The root of an optimizer file of a checkpoint that has no such files."""
+    return checkpoint.optimizer_entries if isinstance(checkpoint, MergedCheckpoint) else None
 
 
 def model_paths(checkpoint: Checkpoint, model_rank: int = 0) -> Sequence[Path]:

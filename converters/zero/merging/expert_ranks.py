@@ -6,26 +6,30 @@
 
 What the ranks of one expert rank have of a group is read as if it were a checkpoint of
 that one group. Groups are matched by name (``experts.expert_groups``); under stage 3 a
-sub-group says which ranks share it (``experts.sub_groups``).
+sub-group says which ranks share it (``experts.sub_groups``). With AutoTP a group without
+experts is read lane by lane, and its shards are joined (``lanes_joined``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from converters.detect.deepspeed import EXPERTS
-from converters.source import Place, SourceTopology
+from converters.source import Place, Source, SourceTopology
 from converters.tensors import Weights
 from converters.torch_files import object_graph
 from converters.zero import param_groups
 from converters.zero.checkpoint import Checkpoint
-from converters.zero.experts import auto_ep, expert_groups, sub_groups
+from converters.zero.experts import auto_ep, expert_groups, folded, sub_groups
 from converters.zero.experts.auto_ep import AutoEPLayer
+from converters.zero.experts.expert_groups import SharedGroup
 from converters.zero.files import state_files, typed
 from converters.zero.files.state_files import Shape, State
 from converters.zero.files.typed import Section
+from converters.zero.merging import agreement, tensor_parallel
+from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 from converters.zero.param_groups import ParamGroup
 
 Tree = Mapping[Any, Any]
@@ -41,7 +45,8 @@ _BY_GROUP = (  # lists of an optimizer file of stages 1 and 2, with an entry for
 class RankGroups:
     """A param group by expert rank, or one that all ranks share.
 
-    ``groups`` have local names and shapes; of a group without experts it is one.
+    ``groups`` have local names and shapes; of a group without experts it is one, or the
+    shards of each tensor-parallel rank.
     ``states`` are the first optimizer file of each.
     """
 
@@ -54,8 +59,8 @@ class RankGroups:
 class ExpertStates:
     """The state files of a checkpoint of experts, and its layers of AutoEP.
 
-    ``models`` are the model files by rank under stage 3, else the only one; ``ranks``
-    the optimizer files in rank order.
+    ``models`` are the model files by rank under stage 3, else one for each of the
+    ``lane_count`` tensor-parallel ranks; ``ranks`` the optimizer files in rank order.
     """
 
     place: Place
@@ -63,11 +68,37 @@ class ExpertStates:
     ranks: tuple[State, ...]
     layers: tuple[AutoEPLayer, ...]
     stage: int
+    lane_count: int = 1
 
     @property
     def model(self) -> State:
         """The first model file."""
         return self.models[0]
+
+    def lane(self, number: int) -> ExpertStates:
+        """The files of one tensor-parallel rank."""
+        return replace(
+            self,
+            models=self.models[number :: self.lane_count],
+            ranks=self.ranks[number :: self.lane_count],
+            lane_count=1,
+        )
+
+
+def lanes_joined(groups: Sequence[RankGroups], source: Source) -> list[RankGroups]:
+    """The groups of a folded checkpoint, those without experts as whole parameters."""
+    if not isinstance(source, TensorParallelCheckpoint):
+        return list(groups)
+
+    joined: list[RankGroups] = []
+    for index, group in enumerate(groups):
+        if not group.has_experts:
+            paths = [state.path for state in group.states]
+            agreement.require_same_settings(index, paths, group.groups)
+            whole_group = tensor_parallel.group_of(source, group.groups)
+            group = RankGroups((whole_group,), group.states[:1], has_experts=False)
+        joined.append(group)
+    return joined
 
 
 def read(states: ExpertStates) -> list[RankGroups]:
@@ -77,18 +108,16 @@ def read(states: ExpertStates) -> list[RankGroups]:
 
 def _flat_groups(states: ExpertStates) -> Iterator[RankGroups]:
     """Those of stages 1 and 2."""
-    model, ranks = states.model, states.ranks
-    groups = expert_groups.shared_groups(ranks)
-    shapes_by_group = state_files.shapes(model, "param_shapes") or []
-    is_block = model.setting(DATA_FIRST) is True
-
-    for index, group in enumerate(groups):
-        shapes = typed.item(model.path, "param_shapes", shapes_by_group, index)
+    ranks = states.ranks
+    for index, group in enumerate(_shared_groups(states)):
         parts: list[ParamGroup] = []
         first_states: list[State] = []
-        for expert_rank in range(group.expert_ranks):
-            members = expert_groups.ranks_of(group, expert_rank, is_block)
-            own_shapes = auto_ep.local_shapes(model, states.layers, shapes, expert_rank, group)
+        for number in range(group.expert_ranks):
+            model = states.model if group.name.has_experts else states.models[number]
+            shapes_by_group = state_files.shapes(model, "param_shapes") or []
+            shapes = typed.item(model.path, "param_shapes", shapes_by_group, index)
+            members = _members(states, group, number, next(iter(shapes), ""))
+            own_shapes = auto_ep.local_shapes(model, states.layers, shapes, number, group)
             own_states = [_of_group(ranks[rank], group.numbers[rank]) for rank in members]
             first_state = ranks[members[0]]
             tree = object_graph.read_root(first_state.path)
@@ -97,6 +126,33 @@ def _flat_groups(states: ExpertStates) -> Iterator[RankGroups]:
             first_states.append(first_state)
 
         yield RankGroups(tuple(parts), tuple(first_states), group.name.has_experts)
+
+
+def _shared_groups(states: ExpertStates) -> list[SharedGroup]:
+    """The param groups of all ranks; those without experts may be shared by a lane alone."""
+    if states.lane_count == 1:
+        return expert_groups.shared_groups(states.ranks)
+
+    groups = expert_groups.matched_groups(states.ranks)
+    for group in groups:
+        if group.name.has_experts:
+            expert_groups.require_count(states.ranks[0], group)
+        elif group.expert_ranks != states.lane_count:
+            raise states.ranks[0].fail(
+                f"a param group without experts is shared by {group.name.partition_count} ranks, "
+                f"expected those of one of {states.lane_count} tensor-parallel ranks"
+            )
+    return groups
+
+
+def _members(states: ExpertStates, group: SharedGroup, number: int, name: str) -> list[int]:
+    """The ranks that share a group of an expert rank, or of a lane, in order."""
+    if states.lane_count == 1:
+        is_block = states.model.setting(DATA_FIRST) is True
+        return expert_groups.ranks_of(group, number, is_block)
+    if group.name.has_experts:
+        return folded.members(states.place, states.ranks, group, number, name)
+    return list(range(number, len(states.ranks), states.lane_count))
 
 
 def _of_group(state: State, number: int) -> State:
@@ -153,11 +209,12 @@ def _sub_groups(states: ExpertStates) -> Iterator[RankGroups]:
         first_states: dict[int, State] = {}
         for team in sub_groups.teams(states.ranks, indices[0]):
             expert_rank, group = _team_group(states, team, number, indices)
-            by_rank[expert_rank] = group
-            first_states[expert_rank] = states.ranks[team[0]]
+            key = team[0] % states.lane_count if expert_rank is None else expert_rank
+            by_rank[key] = group
+            first_states[key] = states.ranks[team[0]]
 
         if sorted(by_rank) != list(range(len(by_rank))):
-            raise first.fail(f"param group {number} lacks the experts of an expert rank")
+            raise first.fail(f"param group {number} lacks the part of an expert or other rank")
         yield RankGroups(
             tuple(by_rank[rank] for rank in sorted(by_rank)),
             tuple(first_states[rank] for rank in sorted(by_rank)),
@@ -167,15 +224,15 @@ def _sub_groups(states: ExpertStates) -> Iterator[RankGroups]:
 
 def _team_group(
     states: ExpertStates, team: Sequence[int], number: int, indices: Sequence[int]
-) -> tuple[int, ParamGroup]:
-    """The expert rank of some ranks, and what they have of a param group."""
+) -> tuple[int | None, ParamGroup]:
+    """The expert rank of some ranks, if the group has experts, and what they have of it."""
     if any(list(team) not in sub_groups.teams(states.ranks, index) for index in indices):
         raise states.ranks[0].fail(f"param group {number} is shared by other ranks in each part")
 
     model = states.models[team[0]]
     all_shapes = state_files.shapes(model, "param_shapes") or []
     shapes = [typed.item(model.path, "param_shapes", all_shapes, index) for index in indices]
-    expert_rank = 0
+    expert_rank = None
     layers = [auto_ep.layers_of(model) for model in states.models]
     if sub_groups.has_experts(layers[team[0]], shapes[0]):
         expert_rank = sub_groups.expert_rank_of(states.models, layers, team, shapes[0])

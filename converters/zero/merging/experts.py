@@ -14,16 +14,17 @@ from typing import Any
 from converters.errors import CheckpointError
 from converters.source import Place, Source, SourceTopology
 from converters.tensors import Weights
-from converters.zero.experts import auto_ep, flat_groups, reader, sub_groups
+from converters.zero.experts import auto_ep, flat_groups, folded_lanes, reader, sub_groups
 from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.experts.expert_files import NATIVE
 from converters.zero.files import several_models
 from converters.zero.files.state_files import State
-from converters.zero.merging import expert_ranks, universal_entries, whole_groups
+from converters.zero.merging import expert_ranks, tensor_parallel, universal_entries, whole_groups
 from converters.zero.merging.checkpoint import MergedCheckpoint, whole_model
-from converters.zero.merging.expert_ranks import ExpertStates
+from converters.zero.merging.expert_ranks import ExpertStates, RankGroups
 from converters.zero.model_ranks import folder_files
 from converters.zero.model_ranks.folder_files import FolderFiles
+from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 from converters.zero.param_groups import ParamGroup
 
 
@@ -58,7 +59,39 @@ def read(path: Path, tag: str | None = None) -> ExpertsCheckpoint:
     place = several_models.find(path, tag)
     files = folder_files.scan(place)
     states = _states(place, files, source)
-    groups = expert_ranks.read(states)
+    groups = expert_ranks.lanes_joined(expert_ranks.read(states), source)
+    paths = {key[:2]: path for key, path in sorted(files.experts.items(), reverse=True)}
+    return of_groups(source, states.lane(0), groups, paths)
+
+
+def dense_lanes(path: Path) -> list[MergedCheckpoint]:
+    """The model without experts, as each tensor-parallel rank has it; one without AutoTP."""
+    source = reader.read(path, complete=True)
+    place = several_models.find(path)
+    states = _states(place, folder_files.scan(place), source)
+    groups = [group for group in expert_ranks.read(states) if not group.has_experts]
+    stacks = {name for layer in states.layers for name in layer.names}
+    lanes = source.lanes if isinstance(source, TensorParallelCheckpoint) else (source,)
+
+    result: list[MergedCheckpoint] = []
+    for number, lane in enumerate(lanes):
+        names = [name for name in lane.weights.order if not is_expert(name, stacks)]
+        own_groups = [group.groups[number] for group in groups]
+        weights = _selected(lane.weights, names)
+        result.append(_checkpoint(lane, states.lane(number), weights, own_groups))
+    return result
+
+
+def of_groups(
+    source: Source,
+    states: ExpertStates,
+    groups: Sequence[RankGroups],
+    expert_paths: Mapping[tuple[int, int], Path],
+) -> ExpertsCheckpoint:
+    """The checkpoint of a source whose param groups are as expert ranks have them.
+
+    ``expert_paths`` are the files of single experts, if there are any.
+    """
     weights = source.weights
     joined = whole_groups.join(states, groups, weights.order)
     sizes = sorted({len(group.groups) for group in groups if group.has_experts})
@@ -70,6 +103,11 @@ def read(path: Path, tag: str | None = None) -> ExpertsCheckpoint:
     whole_checkpoint = _checkpoint(source, states, weights, joined)
     values = {name: getattr(whole_checkpoint, name) for name in _field_names(MergedCheckpoint)}
     values["universal_entries"] = universal_entries.of_stacks(states.layers)
+    if isinstance(source, TensorParallelCheckpoint):
+        cuts = {name: layout for name, layout in source.cuts.items() if name not in stacks}
+        entries = tensor_parallel.universal_entries_of(source, source.entries)
+        values["universal_entries"] = entries | values["universal_entries"]
+        dense = replace(dense, cuts=cuts, tensor_ranks=len(source.lanes))
 
     return ExpertsCheckpoint(
         **values,
@@ -77,7 +115,7 @@ def read(path: Path, tag: str | None = None) -> ExpertsCheckpoint:
         layers=states.layers,
         expert_sizes=tuple(sizes),
         group_numel=whole_groups.group_limit(groups),
-        expert_paths={key[:2]: path for key, path in sorted(files.experts.items(), reverse=True)},
+        expert_paths=expert_paths,
     )
 
 
@@ -92,28 +130,26 @@ def is_expert(name: str, stacks: set[str]) -> bool:
 
 def _states(place: Place, files: FolderFiles, source: Source) -> ExpertStates:
     """The state files; ``CheckpointError`` for what has no partitions of experts alone."""
-    reason = ""
-    if len(files.model_ranks) > 1:
-        reason = (
-            "is of AutoEP with AutoTP; its states are not written for other ranks yet, and "
-            "ckpt to-fp32 takes its weights"
+    if not files.optimizers:
+        raise CheckpointError(
+            f"{place.folder} is of experts without ZeRO, whose optimizer numbers the parameters of "
+            "each expert rank: it loads with as many expert ranks, on any number of ranks; ckpt "
+            "to-fp32 takes its weights",
+            "unsupported",
         )
-    elif not files.optimizers:
-        reason = (
-            "is of experts without ZeRO, whose optimizer numbers the parameters of each expert "
-            "rank: it loads with as many expert ranks, on any number of ranks; ckpt to-fp32 takes "
-            "its weights"
-        )
-    if reason:
-        raise CheckpointError(f"{place.folder} {reason}", "unsupported")
 
-    if files.partitioned:
+    lane_count = len(files.model_ranks)
+    if lane_count > 1:
+        lanes = folded_lanes.read(place, files)
+        models = folded_lanes.by_training_rank([lane.models for lane in lanes])
+        ranks = folded_lanes.by_training_rank([lane.ranks for lane in lanes])
+    elif files.partitioned:
         models, ranks = sub_groups.states_of(place, files)
     else:
         models = [flat_groups.model_file(place, files)]
         ranks = flat_groups.optimizer_files(place, files, models[0])
     layers = tuple(auto_ep.layers_of(models[0]))
-    return ExpertStates(place, tuple(models), tuple(ranks), layers, source.stage or 0)
+    return ExpertStates(place, tuple(models), tuple(ranks), layers, source.stage or 0, lane_count)
 
 
 def _checkpoint(

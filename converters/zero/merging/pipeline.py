@@ -80,6 +80,11 @@ def _groups(source: PipelineCheckpoint) -> Iterator[ParamGroup]:
         yield _group(source, groups)
 
 
+def groups_of_stage(source: PipelineCheckpoint, number: int) -> list[ParamGroup]:
+    """The param groups of one stage; reads its first optimizer file as a tree."""
+    return _groups_of(source, source.stages[number])
+
+
 def _groups_of(source: PipelineCheckpoint, stage: Stage) -> list[ParamGroup]:
     """The param groups of one stage, with the shapes that the layer files tell."""
     shapes = [

@@ -13,6 +13,7 @@ from typing import Any
 DEGREES = "checkpoint_parallel_dimensions"
 INFO = "universal_checkpoint_info"  # how shards were cut
 CONFIGURATION = "ds_config"
+FOLDING = "folding"  # which ranks of AutoEP with AutoTP wrote a file
 AUTOTP = "tensor_parallel"  # a section of the configuration
 _SETTINGS = {"mics_shard_size", "mics_hierarchical_params_gather"}  # of zero_optimization
 
@@ -24,7 +25,7 @@ def of_zero_alone(
 
     ``config`` takes the place of the configuration in it.
     """
-    entries = {key: value for key, value in root.items() if key != INFO}
+    entries = {key: value for key, value in root.items() if key not in (INFO, FOLDING)}
     if "mp_world_size" in entries:
         entries["mp_world_size"] = 1
     if isinstance(entries.get(DEGREES), dict):

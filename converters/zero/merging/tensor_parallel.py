@@ -8,6 +8,7 @@ that has nothing of a parameter does not have its name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from converters.errors import CheckpointError, MalformedError
@@ -16,7 +17,7 @@ from converters.tensors import TensorRef
 from converters.torch_files import object_graph
 from converters.zero import muon, param_groups
 from converters.zero.checkpoint import Checkpoint
-from converters.zero.merging import agreement, roots, universal_entries
+from converters.zero.merging import agreement, numbered_group, roots, universal_entries
 from converters.zero.merging.checkpoint import MergedCheckpoint, model_paths, whole_model
 from converters.zero.parallel import patterns
 from converters.zero.parallel.merged_source import TensorParallelCheckpoint
@@ -31,6 +32,9 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
     _require(source)
     first = lanes_of(source)[0]
     groups = tuple(_groups(source))
+    weights = source.weights
+    if not first.ranks:  # whose files do not tell what is trained
+        weights = replace(weights, frozen=weights.frozen - groups[0].shapes.keys())
     topology = SourceTopology(first.world_size, first.stage)
     own_values = {
         name: value
@@ -46,17 +50,21 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
         step=source.step,
         version=source.version,
         files=source.files,
-        weights=source.weights,
+        weights=weights,
         entries=source.entries,
         notes=(*source.notes, *_notes(source)),
         without_frozen=source.without_frozen,
-        model=whole_model(first.model, source.weights, groups, own_values, topology),
-        ranks=first.ranks,
+        model=whole_model(first.model, weights, groups, own_values, topology),
+        ranks=first.ranks or numbered_group.ranks_of(first),
         names=first.names,
         source=source,
         groups=groups,
         universal_entries=universal_entries_of(source, first.model.root),
         model_paths=tuple(model_paths(first)),
+        cuts=source.cuts,
+        tensor_ranks=len(source.lanes),
+        changes={} if first.ranks else {"optimizer": None},
+        optimizer_entries=None if first.ranks else numbered_group.optimizer_entries(first),
     )
 
 
@@ -71,21 +79,13 @@ def lanes_of(source: TensorParallelCheckpoint) -> list[Checkpoint]:
 def _require(source: TensorParallelCheckpoint) -> None:
     """Raises for states that are not written for other ranks."""
     first = lanes_of(source)[0]
-    if not first.ranks:
-        reason = (
-            "was saved by tensor-parallel ranks without ZeRO, whose optimizer has no partitions to "
-            "cut up; ckpt to-fp32 takes its weights, with which a new optimizer begins"
+    if muon.is_deepspeed_muon(first.model):
+        raise CheckpointError(
+            f"{source.place.folder} was trained by Muon with tensor parallelism, which "
+            "orthogonalizes shards: a training without would not go on in the same way",
+            "unsupported",
         )
-    elif muon.is_deepspeed_muon(first.model):
-        reason = (
-            "was trained by Muon with tensor parallelism, which orthogonalizes shards: a training "
-            "without would not go on in the same way"
-        )
-    else:
-        require_no_averages(source)
-        return
-
-    raise CheckpointError(f"{source.place.folder} {reason}", "unsupported")
+    require_no_averages(source)
 
 
 def require_no_averages(source: TensorParallelCheckpoint) -> None:
@@ -102,7 +102,7 @@ def require_no_averages(source: TensorParallelCheckpoint) -> None:
 def _groups(source: TensorParallelCheckpoint) -> Iterator[ParamGroup]:
     """The param groups of the whole model, in the order of the optimizer."""
     groups_by_rank = [_groups_of(lane) for lane in lanes_of(source)]
-    paths = [lane.ranks[0].path for lane in lanes_of(source)]
+    paths = [(lane.ranks or (lane.model,))[0].path for lane in lanes_of(source)]
     agreement.require_same_count(paths, groups_by_rank)
     for index, groups in enumerate(zip(*groups_by_rank, strict=True)):
         agreement.require_same_settings(index, paths, groups)
@@ -110,6 +110,8 @@ def _groups(source: TensorParallelCheckpoint) -> Iterator[ParamGroup]:
 
 
 def _groups_of(lane: Checkpoint) -> list[ParamGroup]:
+    if not lane.ranks:
+        return [numbered_group.group_of(lane)]
     return param_groups.read(lane, object_graph.read_root(lane.ranks[0].path))
 
 

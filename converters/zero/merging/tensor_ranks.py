@@ -25,10 +25,10 @@ from converters.zero.merging.checkpoint import (
     MergedCheckpoint,
     groups_of,
     model_paths,
+    optimizer_entries_of,
     original,
     whole_model,
 )
-from converters.zero.merging.tensor_parallel import lanes_of
 from converters.zero.parallel import (
     affine_map,
     cut_table,
@@ -39,7 +39,6 @@ from converters.zero.parallel import (
     rules,
 )
 from converters.zero.parallel.cuts import Cut
-from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 from converters.zero.param_groups import WEIGHTS, ParamGroup
 
 _VERSION = 0.4  # of universal_checkpoint_info, DeepSpeed 0.19.8 checkpoint/constants.py
@@ -61,11 +60,10 @@ class TensorRanks:
         cut for that many ranks.
         """
         _require(checkpoint)
-        source = original(checkpoint)
         recorded: Mapping[str, Cut] = {}
         saved_count = 1
-        if isinstance(source, TensorParallelCheckpoint):
-            recorded, saved_count = source.cuts, len(source.lanes)
+        if isinstance(checkpoint, MergedCheckpoint):
+            recorded, saved_count = checkpoint.cuts, checkpoint.tensor_ranks
 
         layouts: dict[str, Cut] = {}
         unknown: dict[str, str] = {}
@@ -121,14 +119,15 @@ class TensorRanks:
             groups=groups,
             model_paths=tuple(model_paths(checkpoint)),
             changes=changes,
+            optimizer_entries=optimizer_entries_of(checkpoint),
         )
 
     def _changes(self) -> dict[str, Any]:
         """What model files say of the tensor parallelism."""
         source = original(self.checkpoint)
         info: dict[str, Any] = {"universal_checkpoint_version": _VERSION}
-        if isinstance(source, TensorParallelCheckpoint):
-            records = lanes_of(source)[0].model.root.get(roots.INFO)
+        if isinstance(self.checkpoint, MergedCheckpoint) and self.checkpoint.cuts:
+            records = source.entries.get(roots.INFO)
             info |= records if isinstance(records, dict) else {}
             info.pop(patterns.WIDTHS, None)
 

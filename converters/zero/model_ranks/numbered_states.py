@@ -52,12 +52,18 @@ class NumberedStates:
 
         values: dict[str, Value] = {}
         for key, value in self.by_name[owner].items():
-            if isinstance(value, TensorRef) and value.shape == () and key == "step":
-                value = state_files.scalar(value)
+            if key == "step":
+                value = number(value)
             if isinstance(value, (TensorRef, int, float)):
                 values[key] = value
 
         return values
+
+
+def number(value: Any) -> Any:
+    """The value of a number that may be a tensor; others stay as they are."""
+    is_scalar = isinstance(value, TensorRef) and value.shape == ()
+    return state_files.scalar(value) if is_scalar else value
 
 
 def of_group(optimizer: Section, group: Mapping[Any, Any]) -> list[State]:

@@ -17,6 +17,8 @@ from converters.zero.native.expert_ranks import ExpertRanks
 from converters.zero.native.target import TargetTopology
 
 Entry = dict[str, Any]
+# of universal_checkpoint_info, where nothing is cut for tensor-parallel ranks
+_INFO_KEYS = ("universal_checkpoint_version", "expert_parameter_patterns")
 
 
 def entries(
@@ -38,7 +40,12 @@ def entries(
     changes: Entry = {KEY: layers}
     info = root.get(roots.INFO)
     if isinstance(info, dict):
-        changes[roots.INFO] = {**info, KEY: layers}
+        own_info = {
+            key: value
+            for key, value in info.items()
+            if key in _INFO_KEYS or topology.tensor_ranks > 1
+        }
+        changes[roots.INFO] = {**own_info, KEY: layers}
     return changes
 
 

@@ -15,46 +15,46 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from converters.errors import CheckpointError, consistent
 from converters.plan import Plan, Shard
 from converters.tensors import DType
 from converters.torch_files import file_plan, object_graph
-from converters.words import numbers
 from converters.zero import partitioning
-from converters.zero.experts import auto_ep
 from converters.zero.experts.expert_files import NATIVE
 from converters.zero.files import state_files
 from converters.zero.files.state_files import Shape
 from converters.zero.merging import checkpoint as merged
-from converters.zero.merging import experts, roots, whole_groups
+from converters.zero.merging import roots, whole_groups
 from converters.zero.merging.experts import ExpertsCheckpoint
-from converters.zero.native import expert_entries, expert_trees, model_files, proof, reshard
+from converters.zero.merging.tensor_ranks import TensorRanks
+from converters.zero.native import expert_entries, expert_trees, folding, model_files, reshard
 from converters.zero.native.expert_ranks import ExpertRanks
-from converters.zero.native.optimizer_files import with_loss_scale
 from converters.zero.native.target import TargetTopology
 
 Tree = dict[Any, Any]
 _SECTION, _SIZE = "expert_parallel", "autoep_size"  # of DeepSpeed's configuration
-# what the number of experts on a rank decides in a model file
-_DECIDED = {*model_files.DECIDED, auto_ep.KEY, roots.INFO, "buffer_names"}
 
 
-def plan(checkpoint: ExpertsCheckpoint, topology: TargetTopology) -> Plan:
+def plan(
+    checkpoint: ExpertsCheckpoint,
+    topology: TargetTopology,
+    tensor_ranks: TensorRanks | None = None,
+) -> Plan:
     """The files of the tag, named relative to the save_dir; reads pickles.
 
-    ``CheckpointError`` for what DeepSpeed does not load.
+    With ``tensor_ranks`` those of AutoEP with AutoTP. ``CheckpointError`` for what
+    DeepSpeed does not load.
     """
-    ranks = ExpertRanks.of(checkpoint, topology)
+    ranks = ExpertRanks.of(checkpoint, topology, tensor_ranks)
     remedy = "a file is damaged or of another save; ckpt verify tells more"
     with consistent(checkpoint.place.folder, remedy):
         return file_plan.plan(
             [
                 *_optimizer_files(checkpoint, ranks, topology),
                 *_model_files(checkpoint, ranks, topology),
-                *(_expert_files(checkpoint) if topology.stage < 3 else ()),
+                *(_expert_files(checkpoint, ranks) if topology.stage < 3 else ()),
             ]
         )
 
@@ -63,33 +63,53 @@ def _optimizer_files(
     checkpoint: ExpertsCheckpoint, ranks: ExpertRanks, topology: TargetTopology
 ) -> Iterator[Shard]:
     for rank, group_keys in enumerate(expert_trees.trees(checkpoint, ranks, topology)):
-        root = merged.optimizer_root(checkpoint, rank)
-        source_state = reshard.optimizer_state(reshard.rank_path(checkpoint, rank), root)
+        data_rank, lane = divmod(rank, len(ranks.lanes))
+        root = merged.optimizer_root(ranks.lanes[lane], data_rank)
+        source_state = reshard.optimizer_state(reshard.rank_path(checkpoint, data_rank), root)
         optimizer = reshard.optimizer_entries(checkpoint, root, source_state, topology, group_keys)
         tree = _configured(root, topology) | {"optimizer_state_dict": optimizer}
-        yield file_plan.shard(reshard.optimizer_name(checkpoint, rank, 0), tree)
+        tree |= folding.of_optimizer(checkpoint, ranks, topology, rank)
+        yield file_plan.shard(reshard.optimizer_name(checkpoint, data_rank, lane), tree)
 
 
 def _model_files(
     checkpoint: ExpertsCheckpoint, ranks: ExpertRanks, topology: TargetTopology
 ) -> Iterator[Shard]:
-    paths = merged.model_paths(checkpoint)
-    dense = checkpoint.dense
-    trees = model_files.model_trees(dense, paths, dense.groups, topology)
-    for rank, tree in enumerate(trees):
-        root = object_graph.read_root(paths[rank % len(paths)])
-        changes: Tree = {
-            "param_shapes": _param_shapes(checkpoint, ranks, topology, rank),
-            **expert_entries.entries(checkpoint, root, ranks, topology, rank),
-            **_local_names(checkpoint, ranks, topology, tree),
-        }
-        if (
-            checkpoint.stage == topology.stage == 3
-        ):  # AutoEP's second names of routers are not in it
-            changes["shared_params"] = root.get("shared_params")
-        prefix = f"zero_pp_rank_{rank}_" if topology.stage == 3 else ""
-        name = f"{reshard.tag_folder(checkpoint)}/{prefix}mp_rank_00_model_states.pt"
-        yield file_plan.shard(name, _configured({**tree, **changes}, topology))
+    for lane, dense in enumerate(ranks.lanes):
+        paths = merged.model_paths(dense)
+        trees = model_files.model_trees(dense, paths, dense.groups, topology)
+        for data_rank, tree in enumerate(trees):
+            root = object_graph.read_root(paths[data_rank % len(paths)])
+            rank = data_rank * len(ranks.lanes) + lane
+            changes = _model_changes(checkpoint, ranks, topology, rank, root, tree)
+            prefix = f"zero_pp_rank_{data_rank}_" if topology.stage == 3 else ""
+            name = f"{prefix}mp_rank_{lane:02d}_model_states.pt"
+            whole_tree = _configured({**tree, **changes}, topology)
+            yield file_plan.shard(f"{reshard.tag_folder(checkpoint)}/{name}", whole_tree)
+
+
+def _model_changes(
+    checkpoint: ExpertsCheckpoint,
+    ranks: ExpertRanks,
+    topology: TargetTopology,
+    rank: int,
+    root: Mapping[Any, Any],
+    tree: Tree,
+) -> Tree:
+    """The entries of the model file of a rank that tell of experts.
+
+    ``root`` is that of a file of the source, ``tree`` the same without experts.
+    """
+    described_root = {**root, **({roots.INFO: tree[roots.INFO]} if len(ranks.lanes) > 1 else {})}
+    changes: Tree = {
+        "param_shapes": _param_shapes(checkpoint, ranks, topology, rank),
+        **expert_entries.entries(checkpoint, described_root, ranks, topology, rank),
+        **_local_names(checkpoint, ranks, topology, tree),
+        **folding.of_model(ranks, rank, tree),
+    }
+    if checkpoint.stage == topology.stage == 3:  # AutoEP's second names of routers are not in it
+        changes["shared_params"] = root.get("shared_params")
+    return changes
 
 
 def _param_shapes(
@@ -97,7 +117,7 @@ def _param_shapes(
 ) -> list[Any]:
     """The shapes that a rank has of each group, under stage 3 of each sub-group."""
     shapes_by_group: list[Mapping[str, Shape]] = []
-    for group in ranks.groups(checkpoint, ranks.expert_rank(rank)):
+    for group in ranks.groups(checkpoint, rank):
         own_topology = replace(topology, world_size=len(ranks.seat(group, rank).team))
         if topology.stage == 3:
             shapes_by_group += partitioning.sub_groups(
@@ -158,8 +178,11 @@ def _frozen_experts(
             yield name
 
 
-def _expert_files(checkpoint: ExpertsCheckpoint) -> Iterator[Shard]:
-    """The files of single experts: as they are, or from the fp32 stacks of stage 3."""
+def _expert_files(checkpoint: ExpertsCheckpoint, ranks: ExpertRanks) -> Iterator[Shard]:
+    """The files of single experts: as they are, or from the fp32 stacks of stage 3.
+
+    Each tensor-parallel rank has a file of every expert that one of its ranks has.
+    """
     folder = reshard.tag_folder(checkpoint)
     trees: Iterator[tuple[tuple[int, int], Tree]] = (
         (number, object_graph.read_root(path))
@@ -168,8 +191,10 @@ def _expert_files(checkpoint: ExpertsCheckpoint) -> Iterator[Shard]:
     if not checkpoint.expert_paths:
         trees = _trees_of_stacks(checkpoint)
     for (layer, expert), tree in trees:
-        name = f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
-        yield file_plan.shard(f"{folder}/{name}", tree)
+        own_tree = roots.of_zero_alone(tree)
+        for lane, entry in folding.of_expert(checkpoint, ranks, expert):
+            name = f"layer_{layer}_expert_{expert}_mp_rank_{lane:02d}_model_states.pt"
+            yield file_plan.shard(f"{folder}/{name}", own_tree | entry)
 
 
 def _trees_of_stacks(checkpoint: ExpertsCheckpoint) -> Iterator[tuple[tuple[int, int], Tree]]:
@@ -209,46 +234,3 @@ def _configured(root: Mapping[Any, Any], topology: TargetTopology) -> Tree:
         own_section = {**section, _SIZE: topology.expert_ranks}
         tree[roots.CONFIGURATION] = {**config, _SECTION: own_section}
     return tree
-
-
-def prove(
-    checkpoint: ExpertsCheckpoint, topology: TargetTopology, native_plan: Plan, output: Path
-) -> dict[str, int]:
-    """Reads the plan's files in ``output`` and compares all of them with the source.
-
-    By place, not by value (``proof``); counts what was found equal. ``CheckpointError``
-    if anything is not.
-    """
-    ranks = ExpertRanks.of(checkpoint, topology)
-    try:
-        result = experts.read(output / reshard.tag_folder(checkpoint))
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} ({output} is what was written; {proof.BUG})") from error
-    topology_read = (result.stage, result.world_size, result.expert_sizes)
-    if topology_read != (topology.stage, topology.world_size, (ranks.count,)):
-        raise CheckpointError(
-            f"{output} reads as stage {result.stage} of {result.world_size} ranks, whose experts "
-            f"are dealt out to {numbers(result.expert_sizes)}; {proof.BUG}"
-        )
-
-    groups = [ranks.with_group_name(group) for group in checkpoint.groups]
-    counts = proof.verify_tensors(checkpoint, groups, result, native_plan, output)
-    provenance = proof.Provenance(native_plan, output)
-    for rank, state in enumerate(result.ranks):
-        source_root = merged.optimizer_root(checkpoint, rank)
-        result_root = object_graph.read_root(state.path)
-        apart = {"optimizer_state_dict", "ds_config"}
-        proof.verify_metadata(provenance, source_root, result_root, apart, state.path)
-        source_path = reshard.rank_path(checkpoint, rank)
-        source_state = with_loss_scale(reshard.optimizer_state(source_path, source_root))
-        result_state = with_loss_scale(reshard.optimizer_state(state.path, result_root))
-        proof.verify_metadata(provenance, source_state, result_state, reshard.LAYOUT, state.path)
-
-    source_paths = merged.model_paths(checkpoint)
-    for rank, path in enumerate(merged.model_paths(result)):
-        source_path = source_paths[rank % len(source_paths)]
-        source_root = merged.model_root(checkpoint.dense, source_path)
-        result_root = object_graph.read_root(path)
-        proof.verify_metadata(provenance, source_root, result_root, _DECIDED, path)
-
-    return counts

@@ -5,6 +5,12 @@ for any number of expert ranks.
     use_data_before... is not set      expert rank 0   1   0   1
     use_data_before_expert_parallelism             0   0   1   1
 
+With AutoTP each rank has a shard of what all share, and the same experts as without
+(``module_inject/auto_ep_folding.py``, ``expected_folding_group_tables``):
+
+    world size 4, 2 tensor-parallel ranks   rank 0   1   2   3
+                                            lane 0   1   0   1
+
 Source: DeepSpeed 0.19.8 ``utils/groups.py`` (``_get_expert_parallel_ranks``),
 ``moe/utils.py``.
 """
@@ -17,12 +23,14 @@ from math import prod
 
 from converters import words
 from converters.errors import CheckpointError
-from converters.options import EP, STAGE, WORLD_SIZE
+from converters.options import EP, STAGE, TP, WORLD_SIZE
 from converters.tensors import TensorRef
 from converters.zero import muon
 from converters.zero.experts.expert_files import NATIVE
 from converters.zero.merging import whole_groups
+from converters.zero.merging.checkpoint import MergedCheckpoint
 from converters.zero.merging.experts import ExpertsCheckpoint
+from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native.target import TargetTopology
 from converters.zero.param_groups import WEIGHTS, ParamGroup
 
@@ -38,18 +46,36 @@ class Seat:
 @dataclass(frozen=True, slots=True)
 class ExpertRanks:
     """``count`` expert ranks among ``world_size`` ranks; ``is_block`` if those of one
-    expert rank follow one another."""
+    expert rank follow one another.
+
+    ``lanes`` are the model without experts, as each tensor-parallel rank has it.
+    """
 
     count: int
     world_size: int
     is_block: bool
+    lanes: tuple[MergedCheckpoint, ...]
 
     @staticmethod
-    def of(checkpoint: ExpertsCheckpoint, topology: TargetTopology) -> ExpertRanks:
+    def of(
+        checkpoint: ExpertsCheckpoint, topology: TargetTopology, tensor_ranks: TensorRanks | None
+    ) -> ExpertRanks:
         """The expert ranks of the target;
         ``CheckpointError`` for what DeepSpeed does not load."""
         require(checkpoint, topology)
-        return ExpertRanks(topology.expert_ranks, topology.world_size, checkpoint.is_block)
+        lanes: tuple[MergedCheckpoint, ...] = (checkpoint.dense,)
+        if tensor_ranks is not None:
+            lanes = tuple(map(tensor_ranks.rank, range(tensor_ranks.rank_count)))
+        return ExpertRanks(topology.expert_ranks, topology.rank_count, checkpoint.is_block, lanes)
+
+    @property
+    def data_ranks(self) -> int:
+        """The ranks that share what has no experts."""
+        return self.world_size // len(self.lanes)
+
+    def lane(self, rank: int) -> int:
+        """The tensor-parallel rank that a rank is."""
+        return rank % len(self.lanes)
 
     @property
     def shared_by(self) -> int:
@@ -63,20 +89,23 @@ class ExpertRanks:
     def seat(self, group: ParamGroup, rank: int) -> Seat:
         """Who shares a param group with a rank."""
         if not whole_groups.is_expert_group(group):
-            return Seat(rank, tuple(range(self.world_size)))
+            own_lane = tuple(range(self.lane(rank), self.world_size, len(self.lanes)))
+            return Seat(own_lane.index(rank), own_lane)
         expert_rank = self.expert_rank(rank)
         ranks = range(self.world_size)
         team = tuple(peer for peer in ranks if self.expert_rank(peer) == expert_rank)
         return Seat(team.index(rank), team)
 
-    def groups(self, checkpoint: ExpertsCheckpoint, expert_rank: int) -> list[ParamGroup]:
-        """The param groups of an expert rank, with its own experts under local names."""
+    def groups(self, checkpoint: ExpertsCheckpoint, rank: int) -> list[ParamGroup]:
+        """The param groups of a rank, with its own experts under local names."""
+        dense_groups = iter(self.lanes[self.lane(rank)].groups)
+        expert_rank = self.expert_rank(rank)
         counts = whole_groups.expert_counts(checkpoint.weights.order)
         local_counts = {prefix: count // self.count for prefix, count in counts.items()}
         groups: list[ParamGroup] = []
         for group in checkpoint.groups:
             if not whole_groups.is_expert_group(group):
-                groups.append(group)
+                groups.append(next(dense_groups))
                 continue
             own_group = self._local(self.with_group_name(group), local_counts, expert_rank)
             groups += _limited(own_group, checkpoint.group_numel)
@@ -142,10 +171,10 @@ def require(checkpoint: ExpertsCheckpoint, topology: TargetTopology) -> None:
     """Raises for a target that DeepSpeed does not load."""
     count, layers = topology.expert_ranks, _expert_counts(checkpoint)
     uneven = [name for name, experts in layers.items() if experts % count]
-    if topology.world_size % count:
+    if topology.rank_count % count:
         reason = (
             f"is not dealt out to {_counted_ranks(count)} among "
-            f"{words.counted(topology.world_size, 'rank')}: DeepSpeed asks for a multiple of them; "
+            f"{words.counted(topology.rank_count, 'rank')}: DeepSpeed asks for a multiple of them; "
             f"name another {EP} or {WORLD_SIZE}"
         )
     elif uneven:
@@ -167,6 +196,19 @@ def require(checkpoint: ExpertsCheckpoint, topology: TargetTopology) -> None:
         _require_optimizer(checkpoint, topology)
         return
     raise CheckpointError(f"{checkpoint.place.folder} {reason}", "unsupported")
+
+
+def require_foldable(checkpoint: ExpertsCheckpoint, count: int) -> None:
+    """Raises for experts that DeepSpeed does not train with tensor-parallel ranks, on
+    ``count`` expert ranks (``validate_folding_global``)."""
+    if checkpoint.layers and count > 1 and not checkpoint.is_block:
+        return
+    raise CheckpointError(
+        f"{checkpoint.place.folder} is not written for tensor-parallel ranks: DeepSpeed folds "
+        "AutoEP with AutoTP alone, on 2 expert ranks or more, and without "
+        f"use_data_before_expert_parallelism; leave out {TP}, or name another {EP}",
+        "unsupported",
+    )
 
 
 def _require_optimizer(checkpoint: ExpertsCheckpoint, topology: TargetTopology) -> None:

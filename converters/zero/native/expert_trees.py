@@ -42,11 +42,14 @@ def trees(
     checkpoint: ExpertsCheckpoint, ranks: ExpertRanks, topology: TargetTopology
 ) -> Iterator[Tree]:
     """For each rank, what its optimizer file has under keys that the layout decides."""
-    by_expert_rank = [ranks.groups(checkpoint, number) for number in range(ranks.count)]
+    groups_by_part: dict[tuple[int, int], list[ParamGroup]] = {}
     group_trees: dict[tuple[int, tuple[int, ...]], list[Tree]] = {}
     for rank in range(ranks.world_size):
+        own_part = ranks.expert_rank(rank), ranks.lane(rank)
+        if own_part not in groups_by_part:
+            groups_by_part[own_part] = ranks.groups(checkpoint, rank)
         parts: list[_GroupPart] = []
-        for index, group in enumerate(by_expert_rank[ranks.expert_rank(rank)]):
+        for index, group in enumerate(groups_by_part[own_part]):
             seat = ranks.seat(group, rank)
             key = index, seat.team
             if key not in group_trees:
@@ -88,7 +91,7 @@ def _sub_groups(parts: Sequence[_GroupPart], ranks: ExpertRanks) -> Tree:
         teams += [_team(index, part, ranks) for index in indices]
 
     return {
-        "partition_count": ranks.world_size,
+        "partition_count": ranks.data_ranks,
         "ds_zero_partition_groups": teams,
         "optimizer_state_dict": {"state": states, "param_groups": options},
         "fp32_flat_groups": vectors,

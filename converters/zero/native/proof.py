@@ -138,17 +138,8 @@ def verify_tensors(
     first thing that is not equal.
     """
     provenance = Provenance(plan, folder)
-    result_groups = merged.groups_of(result)
-    counts = {"parameters": 0, "states": 0, "others": 0, "copies": len(result.weights.copies)}
-
-    if len(result_groups) != len(source_groups):
-        raise _mismatch(result, "number of param groups")
-
-    pairs = zip(source_groups, result_groups, strict=True)
-    for index, (group, result_group) in enumerate(pairs):
-        _verify_group(provenance, result, index, group, result_group)
-        for key, values in group.values.items():
-            counts["states" if key else "parameters"] += len(values)
+    counts = {"others": 0, "copies": len(result.weights.copies)}
+    counts |= verify_groups(provenance, result, source_groups, merged.groups_of(result))
 
     source_weights, result_weights = source.weights, result.weights
     if (
@@ -171,6 +162,25 @@ def verify_tensors(
     return counts
 
 
+def verify_groups(
+    provenance: Provenance,
+    result: Source,
+    source_groups: Sequence[ParamGroup],
+    result_groups: Sequence[ParamGroup],
+) -> dict[str, int]:
+    """Counts of parameters and states that are equal; ``CheckpointError`` as above."""
+    counts = {"parameters": 0, "states": 0}
+    if len(result_groups) != len(source_groups):
+        raise _mismatch(result, "number of param groups")
+
+    pairs = zip(source_groups, result_groups, strict=True)
+    for index, (group, result_group) in enumerate(pairs):
+        _verify_group(provenance, result, index, group, result_group)
+        for key, values in group.values.items():
+            counts["states" if key else "parameters"] += len(values)
+    return counts
+
+
 def verify_cuts(result: TensorParallelCheckpoint, layouts: Mapping[str, Cut]) -> None:
     """Raises unless the files of ``result`` say of every tensor that it is cut so."""
     for name, layout in layouts.items():
@@ -189,7 +199,7 @@ def verify_cuts(result: TensorParallelCheckpoint, layouts: Mapping[str, Cut]) ->
 
 def _verify_group(
     provenance: Provenance,
-    result: Checkpoint,
+    result: Source,
     index: int,
     group: ParamGroup,
     result_group: ParamGroup,
@@ -243,13 +253,13 @@ def read_back(plan: Plan, folder: Path, progress: Progress = lambda _: None) -> 
 BUG = "this is a fault of ckpt: please report it; the source is untouched"
 
 
-def _mismatch(result: Checkpoint, label: str) -> CheckpointError:
+def _mismatch(result: Source, label: str) -> CheckpointError:
     return CheckpointError(f"{result.place.folder}: the {label} is not that of the source; {BUG}")
 
 
 def _require(
     provenance: Provenance,
-    result: Checkpoint,
+    result: Source,
     label: str,
     expected: TensorRef,
     tensor: TensorRef,

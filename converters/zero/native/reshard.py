@@ -72,7 +72,7 @@ def target(
     """
     limits.require(checkpoint)
     setting, module = checkpoint.model.setting, checkpoint.model.module
-    stage = stage or checkpoint.stage or 1
+    stage = checkpoint.stage or 1 if stage is None else stage
 
     # BF16_Optimizer neither deals parameters out nor aligns them
     bf16_optimizer = stage == 1 and _bf16_optimizer(checkpoint.model)
@@ -267,7 +267,10 @@ def rank_path(checkpoint: Checkpoint, rank: int) -> Path:
 
 def optimizer_name(checkpoint: Checkpoint, rank: int, model_rank: int) -> str:
     """The name of a rank's optimizer file, with the run's prefix, bf16_ or none."""
-    prefix = "bf16_" if checkpoint.ranks[0].path.name.startswith("bf16_") else ""
+    is_prefixed = checkpoint.ranks[0].path.name.startswith("bf16_")
+    if merged.optimizer_entries_of(checkpoint) is not None:  # no such file tells it
+        is_prefixed = bf16(checkpoint.model)
+    prefix = "bf16_" if is_prefixed else ""
     name = f"{prefix}zero_pp_rank_{rank}_mp_rank_{model_rank:02d}_optim_states.pt"
     return f"{tag_folder(checkpoint)}/{name}"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.zero import muon, partitioning
+from converters.zero.native.stage_layers import StageLayers
 from converters.zero.param_groups import WEIGHTS, ParamGroup
 
 SUB_GROUP = 1_000_000_000  # the default of zero_optimization.sub_group_size
@@ -34,8 +35,10 @@ def require_arguments(
         raise CheckpointError(
             f"ep is {ep!r}; expected a number of expert-parallel ranks, 1 or more", "refused"
         )
-    if stage is not None and (isinstance(stage, bool) or stage not in (1, 2, 3)):
-        raise CheckpointError(f"stage is {stage!r}; expected a ZeRO stage, 1, 2 or 3", "refused")
+    if stage is not None and (isinstance(stage, bool) or stage not in (0, 1, 2, 3)):
+        raise CheckpointError(
+            f"stage is {stage!r}; expected a ZeRO stage, 1, 2 or 3, or 0 for none", "refused"
+        )
     if sub_group_size is not None and not is_whole_number(sub_group_size, 1):
         raise CheckpointError(
             f"sub_group_size is {sub_group_size!r}; expected a number of elements, 1 or more",
@@ -45,7 +48,7 @@ def require_arguments(
 
 @dataclass(frozen=True, slots=True)
 class TargetTopology:
-    """The topology to make: stage, world size,
+    """The topology to make: stage (0: without ZeRO), world size,
     and the settings that the layout depends on.
 
     ``dealt`` is round_robin_gradients and ``aligned`` parameter_alignment, both of
@@ -57,6 +60,7 @@ class TargetTopology:
 
     ``world_size`` are the ranks that share a partition: with ``tensor_ranks`` of them,
     each has so many. ``expert_ranks`` of them share out the experts, if there are any.
+    ``stages`` are those of a pipeline, each on as many ranks; none without one.
     """
 
     stage: int
@@ -70,15 +74,16 @@ class TargetTopology:
     zero_init: bool | None = None
     tensor_ranks: int = field(default=1, repr=False)  # which would be another identity of others
     expert_ranks: int = field(default=1, repr=False)
+    stages: tuple[StageLayers, ...] = field(default=(), repr=False)
 
     @property
     def rank_count(self) -> int:
         """All ranks of the training."""
-        return self.world_size * self.tensor_ranks
+        return self.world_size * self.tensor_ranks * max(len(self.stages), 1)
 
     def __post_init__(self) -> None:
         positive = self.world_size >= 1 and self.sub_group_size >= 1
-        if self.stage not in (1, 2, 3) or not positive:
+        if self.stage not in (0, 1, 2, 3) or not positive:
             raise ValueError(
                 f"stage {self.stage} of {self.world_size} ranks with sub-groups of "
                 f"{self.sub_group_size} elements is not a topology of ZeRO"

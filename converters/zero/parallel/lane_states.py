@@ -32,15 +32,16 @@ def with_states(lane: Checkpoint) -> Checkpoint:
     if lane.ranks or not isinstance(optimizer, dict) or "param_groups" not in optimizer:
         return replace(lane, optimizer=partial(optimizer_state.read, lane))
 
-    by_name = _in_order(lane, Section(lane.model.path, "optimizer", optimizer))
+    by_name = in_order(lane)
     note = f"the optimizer's state is absent: {numbered_states.UNKNOWN}"
     states = NumberedStates(lane.place.folder, by_name, lane.weights.aliases)
     notes = (*lane.notes, note if by_name is None else IN_ORDER)
     return replace(lane, optimizer=states.of, notes=notes)
 
 
-def _in_order(lane: Checkpoint, optimizer: Section) -> dict[str, Mapping[Any, Any]] | None:
-    """The states by name; ``None`` if their order is not shown."""
+def in_order(lane: Checkpoint) -> dict[str, Mapping[Any, Any]] | None:
+    """The states of torch's optimizer by name; ``None`` if their order is not shown."""
+    optimizer = Section(lane.model.path, "", lane.model.root).section("optimizer")
     groups = [group for group in optimizer.dicts("param_groups") if group.get("params")]
     if len(groups) != 1:
         return None

@@ -33,6 +33,7 @@ from converters.zero.naming import storage_views
 from converters.zero.naming.assemble import assemble
 from converters.zero.parallel import merged_weights, patterns, rules
 from converters.zero.parallel.cut_table import CutTable
+from converters.zero.parallel.cuts import Cut
 
 TIED = "pipeline_replicated_parameter_patterns"
 
@@ -40,11 +41,16 @@ TIED = "pipeline_replicated_parameter_patterns"
 @dataclass(frozen=True, slots=True)
 class MergedModel:
     """One model file for all; the files that its tensors lie in;
-    what a user should know."""
+    what a user should know.
+
+    ``cuts`` are how its tensors were cut for ``tensor_ranks`` of them.
+    """
 
     model: State
     files: tuple[State, ...]
     notes: tuple[str, ...]
+    cuts: Mapping[str, Cut]
+    tensor_ranks: int
 
 
 def read(models: Sequence[State]) -> MergedModel:
@@ -58,8 +64,9 @@ def read(models: Sequence[State]) -> MergedModel:
     notes = [f"made from {len(models)} model-parallel ranks"]
     groups: list[dict[str, Shape]] = []
     module: dict[str, object] = {}
+    cuts: dict[str, Cut] = {}
     for number, lanes in enumerate(stages):
-        stage_groups, stage_module = _merged(lanes, notes)
+        stage_groups, stage_module = _merged(lanes, notes, cuts)
         groups = groups or [{} for _ in stage_groups]
         if len(groups) != len(stage_groups):
             raise lanes[0].fail(
@@ -74,7 +81,7 @@ def read(models: Sequence[State]) -> MergedModel:
     if not module:
         notes.append(_unknown(models))
     model = with_module(models[0], module, param_shapes=groups, mp_world_size=1)
-    return MergedModel(model, tuple(models), tuple(dict.fromkeys(notes)))
+    return MergedModel(model, tuple(models), tuple(dict.fromkeys(notes)), cuts, degree)
 
 
 def _unknown(models: Sequence[State]) -> str:
@@ -113,9 +120,12 @@ def _trained(model: State) -> set[str]:
 
 
 def _merged(
-    lanes: Sequence[State], notes: list[str]
+    lanes: Sequence[State], notes: list[str], cuts: dict[str, Cut]
 ) -> tuple[list[dict[str, Shape]], dict[str, object]]:
-    """The shapes of whole parameters by group, and ``module``, of one stage."""
+    """The shapes of whole parameters by group, and ``module``, of one stage.
+
+    Adds to ``cuts`` how its tensors are cut.
+    """
     shapes_by_lane = [_shapes(lane) for lane in lanes]
     if len({len(groups) for groups in shapes_by_lane}) != 1:
         raise lanes[-1].fail(f"param_shapes has other groups than {lanes[0].path.name}")
@@ -132,8 +142,9 @@ def _merged(
         whole_groups.append(
             {name: layout.shape for name, layout in layouts.items() if layout is not None}
         )
+        cuts |= {name: layout for name, layout in layouts.items() if layout is not None}
 
-    module = _module(lanes, table)
+    module = _module(lanes, table, cuts)
     table.require_known()
     _without_padding(table, whole_groups, module, notes)
     return whole_groups, module
@@ -154,9 +165,12 @@ def _has_module(lane: State) -> bool:
     return lane.root.get("module") is not None
 
 
-def _module(lanes: Sequence[State], table: CutTable) -> dict[str, object]:
+def _module(lanes: Sequence[State], table: CutTable, cuts: dict[str, Cut]) -> dict[str, object]:
     """The whole model's state dict;
-    of stage 3 what the first rank has, where that is all."""
+    of stage 3 what the first rank has, where that is all.
+
+    Adds to ``cuts`` how its tensors are cut.
+    """
     if not _has_module(lanes[0]):
         return {}
     if lanes[0].path.name.startswith("zero_pp_rank_"):
@@ -173,7 +187,8 @@ def _module(lanes: Sequence[State], table: CutTable) -> dict[str, object]:
     for lane in lanes:
         parameters = storage_views.complete(lane, {}, state_files.shapes(lane, "param_shapes"))
         weights.append(assemble(lane, parameters, [lane]))
-    whole_weights, _ = merged_weights.merged(weights, table)
+    whole_weights, own_cuts = merged_weights.merged(weights, table)
+    cuts |= own_cuts
     names = [name for name in whole_weights.order if name not in whole_weights.absent]
     return {name: whole_weights.tensors[whole_weights.aliases.get(name, name)] for name in names}
 

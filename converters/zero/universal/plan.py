@@ -1,7 +1,6 @@
-"""Native checkpoint to universal folder and back, as plans of DeepSpeed's files.
+"""Native checkpoint to universal folder, as a plan of DeepSpeed's files.
 
     zero, groups  -->  zero/NAME/*.pt, optimizer_state.pt, both kinds of model file
-    universal     -->  optimizer_trees, model_trees: native files, as ``reshard`` makes them
 
 A stock engine of stage 1 or 2 reads ``mp_rank_00_model_states.pt`` of a universal
 folder, one of stage 3 ``zero_pp_rank_0_mp_rank_00_model_states.pt``;
@@ -26,14 +25,13 @@ from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.typed import Section
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging.experts import ExpertsCheckpoint
-from converters.zero.naming import storage_views
 from converters.zero.native import model_files, optimizer_files, reshard
-from converters.zero.native.optimizer_files import SCALING, with_loss_scale
+from converters.zero.native.optimizer_files import with_loss_scale
 from converters.zero.native.target import TargetTopology
 from converters.zero.param_groups import WEIGHTS, ParamGroup
 from converters.zero.universal import expert_models, parameter_folders
 from converters.zero.universal.parameter_folders import COMMON, MASTER, STEP
-from converters.zero.universal.reader import INFO, SUFFIX, Universal
+from converters.zero.universal.reader import INFO, SUFFIX
 
 VERSION = {"universal_checkpoint_version": 0.4}  # checkpoint/constants.py of DeepSpeed 0.19.8
 SHARDED = {  # keys of an optimizer file that only a rank has
@@ -64,25 +62,9 @@ def to_universal(checkpoint: Checkpoint) -> Plan:
         return _to_universal(checkpoint)
 
 
-def from_universal(source: Universal, topology: TargetTopology) -> Plan:
-    """The native files, named relative to the save_dir.
-
-    Reads pickles, and a little of weights. ``CheckpointError`` if the weights are not
-    those that the model file has in 16 bits.
-    """
-    remedy = "a file is damaged or of another conversion; make it again"
-    with consistent(source.checkpoint.place.folder, remedy):
-        return _from_universal(source, topology)
-
-
 def universal_tag(checkpoint: Checkpoint) -> str:
     """The folder that a checkpoint's tag becomes."""
     return reshard.tag_folder(checkpoint) + SUFFIX
-
-
-def native_tag(source: Universal) -> str:
-    """The tag that a universal folder was made from, as its name tells."""
-    return reshard.tag_folder(source.checkpoint).removesuffix(SUFFIX) or "universal"
 
 
 def stage12_target(checkpoint: Checkpoint) -> TargetTopology:
@@ -269,82 +251,3 @@ def _tensor_entry(tensor: TensorRef, dtype: DType) -> dict[str, Any]:
     flattened = tensor.view(tensor.numel) if tensor.extents.scattered else tensor
     storage = object_graph.storage(flattened, dtype)
     return {"cat_dim": 0, "param": object_graph.tensor(storage, tensor.shape)}
-
-
-def _from_universal(source: Universal, topology: TargetTopology) -> Plan:
-    checkpoint = source.checkpoint
-    _require_same_weights(checkpoint)
-    model = object_graph.read_root(source.models[0])
-    prefix = "bf16_" if reshard.bf16(checkpoint.model) else ""
-    tag, shards = native_tag(source), []
-    groups = optimizer_files.in_optimizer_order(source.groups, checkpoint, topology)
-
-    for rank, group_keys in enumerate(optimizer_files.optimizer_trees(groups, topology)):
-        optimizer_state = optimizer(source.common, model, topology, group_keys)
-        tree = {
-            "optimizer_state_dict": optimizer_state,
-            "ds_config": model.get("ds_config"),
-            "ds_version": model.get("ds_version"),
-        }
-
-        name = f"{tag}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        shards.append(file_plan.shard(name, reshard.configured(tree, topology)))
-
-    model_trees = model_files.model_trees(checkpoint, source.models, groups, topology)
-    for rank, root in enumerate(model_trees):
-        name = f"zero_pp_rank_{rank}_mp_rank_00" if topology.stage == 3 else "mp_rank_00"
-        remaining = {key: value for key, value in root.items() if (key, value) != (INFO, VERSION)}
-        tree = reshard.configured(remaining, topology)
-        shards.append(file_plan.shard(f"{tag}/{name}_model_states.pt", tree))
-
-    return file_plan.plan(shards)
-
-
-def optimizer(
-    common_state: Mapping[Any, Any],
-    model: Mapping[Any, Any],
-    topology: TargetTopology,
-    group_keys: Mapping[str, Any],
-) -> dict[Any, Any]:
-    """The ``optimizer_state_dict`` of a rank.
-
-    ``common_state`` is ``optimizer_state.pt``.
-    ``clip_grad`` and ``ds_version`` stand in files of stages 1 and 2 only.
-    """
-    common_state = with_loss_scale(common_state)
-    zero_stage = optimizer_files.stage_like(common_state["zero_stage"], topology)
-    remaining = {key: value for key, value in common_state.items() if key not in SHARDED | LAYOUT}
-    version = remaining.pop("ds_version", None) or model.get("ds_version")
-
-    if topology.bf16:
-        remaining = {key: value for key, value in remaining.items() if key not in SCALING}
-        return {**remaining, **group_keys, "ds_version": version}
-
-    if topology.stage == 3:
-        remaining.pop("clip_grad", None)
-    else:
-        remaining["ds_version"] = version
-
-    return {**remaining, **group_keys, "zero_stage": zero_stage}
-
-
-def _require_same_weights(checkpoint: Checkpoint) -> None:
-    """Raises unless the master weights begin with what the model file has, rounded.
-
-    ds_to_universal.py scrambles them, states included, under round_robin_gradients.
-    """
-    from converters import cast
-
-    for name, reference in checkpoint.weights.copies.items():
-        tensor = checkpoint.weights.tensors[name]
-        count = min(tensor.numel, storage_views.PROBE)
-        if not cast.rounds_to(tensor.narrow(0, count), reference.narrow(0, count)):
-            reason = ""
-            if checkpoint.model.setting("zero_optimization", "round_robin_gradients"):
-                reason = "ds_to_universal.py mixes them up under round_robin_gradients; "
-
-            raise CheckpointError(
-                f"{tensor.extents[0].path} has other values of {name} than "
-                f"{checkpoint.model.path.name}: {reason}make the folder again with "
-                "ckpt to-universal"
-            )

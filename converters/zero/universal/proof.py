@@ -1,4 +1,4 @@
-"""Proof of a conversion to or from the universal format: by place, as ``proof`` proves.
+"""Proof of a conversion to the universal format: by place, as ``proof`` proves.
 
 The finished files are read again, by a reader that knows nothing of the plan, and
 everything that it finds is traced through the plan to the bytes it was made from.
@@ -17,28 +17,21 @@ from converters.pickles.values import Call
 from converters.plan import Plan
 from converters.tensors import DType, TensorRef
 from converters.torch_files import object_graph
-from converters.zero import checkpoint, param_groups
 from converters.zero.checkpoint import Checkpoint
-from converters.zero.files.typed import Section
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging.experts import ExpertsCheckpoint
-from converters.zero.native import model_files, optimizer_files, proof
-from converters.zero.native.optimizer_files import SCALING, with_loss_scale
+from converters.zero.native import model_files, proof
 from converters.zero.native.proof import Provenance
-from converters.zero.native.target import TargetTopology
 from converters.zero.param_groups import ParamGroup
 from converters.zero.universal import reader
 from converters.zero.universal.plan import (
-    LAYOUT,
-    SHARDED,
     common,
     groups_of,
     info,
-    native_tag,
     parameter_files,
     universal_tag,
 )
-from converters.zero.universal.reader import INFO, Universal
+from converters.zero.universal.reader import INFO
 
 
 def to_universal(source: Checkpoint, plan: Plan, folder: Path) -> dict[str, int]:
@@ -71,42 +64,6 @@ def to_universal(source: Checkpoint, plan: Plan, folder: Path) -> dict[str, int]
     for path in (stage_12_path, stage_3_path):
         result_root = object_graph.read_root(path)
         proof.verify_metadata(provenance, source_root, result_root, model_files.DECIDED, path)
-
-    return counts
-
-
-def from_universal(
-    source: Universal, topology: TargetTopology, plan: Plan, folder: Path
-) -> dict[str, int]:
-    """Counts of tensors that are equal.
-
-    ``CheckpointError`` names the first thing that is not.
-    """
-    result = checkpoint.read(folder / native_tag(source))
-    if (result.stage, result.world_size) != (topology.stage, topology.world_size):
-        raise CheckpointError(f"{folder} reads as stage {result.stage} of {result.world_size}")
-
-    result_tree = object_graph.read_root(result.ranks[0].path)
-    result_groups = param_groups.read(result, result_tree)
-    source_groups = optimizer_files.in_optimizer_order(source.groups, source.checkpoint, topology)
-
-    provenance = Provenance(plan, folder)
-    counts = _prove_same(provenance, source.checkpoint, source_groups, result, result_groups)
-    decided_keys = SHARDED | LAYOUT | {"clip_grad", "ds_version"}
-    decided_keys |= set(SCALING) if topology.bf16 else set()
-
-    for state in result.ranks:
-        result_root = object_graph.read_root(state.path)
-        fields = Section(state.path, "", result_root)
-        result_state = fields.required("optimizer_state_dict", dict)
-        source_state = with_loss_scale(source.common)
-        proof.verify_metadata(provenance, source_state, result_state, decided_keys, state.path)
-
-    decided_keys = model_files.DECIDED | {INFO}
-    for rank, path in enumerate(merged.model_paths(result)):
-        source_root = object_graph.read_root(source.models[rank % len(source.models)])
-        result_root = object_graph.read_root(path)
-        proof.verify_metadata(provenance, source_root, result_root, decided_keys, path)
 
     return counts
 

@@ -20,7 +20,7 @@ them (``like``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,12 @@ from converters.zero import checkpoint as zero
 from converters.zero import partitioning, stage3
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.experts import auto_ep
+from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.files import discovery, state_files
 from converters.zero.files.state_files import State
 from converters.zero.naming import storage_views
 from converters.zero.naming.assemble import assemble
+from converters.zero.parallel.cuts import Cut
 from converters.zero.param_groups import WEIGHTS, ParamGroup
 from converters.zero.universal import model_files, parameter_folders
 from converters.zero.universal.group_layouts import (
@@ -69,7 +71,8 @@ class Universal:
     run; its ``ranks`` are ``optimizer_state.pt``, which ``common`` is as a tree
     (``object_graph``). ``models`` are the model files, of ``model_ranks`` model-parallel
     ranks. ``layouts`` are the param groups as the model file and ``optimizer_state.pt``
-    tell them.
+    tell them. ``layers`` are those of AutoEP; ``cuts`` are how parameters were cut for
+    ``tensor_ranks`` of the model-parallel ranks.
     """
 
     checkpoint: Checkpoint
@@ -78,6 +81,9 @@ class Universal:
     models: tuple[Path, ...]
     layouts: tuple[GroupLayout, ...] = ()
     model_ranks: int = 1
+    layers: tuple[AutoEPLayer, ...] = ()
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    tensor_ranks: int = 1
 
     @property
     def stage(self) -> int:
@@ -155,26 +161,17 @@ def _read(
 ) -> Universal:
     saved_models, merged = model_files.read(place, parallel)
     models = [auto_ep.as_whole(model) for model in saved_models] if parallel else saved_models
-    stacks = {name for layer in auto_ep.layers_of(saved_models[0]) for name in layer.names}
+    layers = auto_ep.layers_of(saved_models[0])
+    stacks = {name for layer in layers for name in layer.names}
     if stacks and not parallel:
         raise _of_experts(place)
     zero.refuse_foreign(models)
     inner = place.folder / "zero"
     common, tree = _common(inner)
     rank = State(common, {"optimizer_state_dict": common.root})
-    groups: list[ParamGroup] = []
-    files: list[TorchFile] = []
-
     states_by_name = parameter_folders.states_in(inner)
-    present = states_by_name if states else parameter_folders.masters_in(states_by_name)
     layouts = tuple(group_layouts(models, rank, tree, like))
-    for shapes, options, group_state in layouts:
-        group_constants = group_state if states else {}
-        group, group_files = parameter_folders.read(
-            inner, present, shapes, options, group_constants
-        )
-        groups.append(group)
-        files += group_files
+    groups, files = _groups(inner, states_by_name, layouts, states)
 
     _require_names(models[0], groups, stacks, merged is not None)
     further_files = merged.files[1:] if merged else ()
@@ -184,8 +181,37 @@ def _read(
         checkpoint = replace(checkpoint, notes=(*merged.notes, *checkpoint.notes))
     _require_known(inner, states_by_name, checkpoint, groups)
     model_paths = tuple(model.path for model in (*models, *further_files))
-    model_ranks = 1 + len(further_files)
-    return Universal(checkpoint, tuple(groups), tree, model_paths, layouts, model_ranks)
+    return Universal(
+        checkpoint,
+        tuple(groups),
+        tree,
+        model_paths,
+        layouts,
+        model_ranks=1 + len(further_files),
+        layers=tuple(layers),
+        cuts=merged.cuts if merged else {},
+        tensor_ranks=merged.tensor_ranks if merged else 1,
+    )
+
+
+def _groups(
+    inner: Path,
+    states_by_name: Mapping[str, set[str]],
+    layouts: Sequence[GroupLayout],
+    states: bool,
+) -> tuple[list[ParamGroup], list[TorchFile]]:
+    """The param groups, with their states or without, and the files that they lie in."""
+    present = states_by_name if states else parameter_folders.masters_in(states_by_name)
+    groups: list[ParamGroup] = []
+    files: list[TorchFile] = []
+    for shapes, options, group_state in layouts:
+        group_constants = group_state if states else {}
+        group, group_files = parameter_folders.read(
+            inner, present, shapes, options, group_constants
+        )
+        groups.append(group)
+        files += group_files
+    return groups, files
 
 
 def _require_names(
@@ -204,11 +230,10 @@ def _require_names(
 
 
 def _of_experts(place: discovery.Place) -> CheckpointError:
-    """That native files are not made of AutoEP's folders, and what goes on from them."""
+    """That nothing but native files is made of AutoEP's folders."""
     return CheckpointError(
-        f"{place.folder} is of AutoEP (expert parallelism): engines of any number of expert ranks "
-        "load it with load_universal; native files are made of the checkpoint that it was made "
-        "from, by ckpt reshard",
+        f"{place.folder} is of AutoEP (expert parallelism), whose experts do not go to other "
+        "formats; ckpt from-universal makes native files of it",
         "unsupported",
     )
 

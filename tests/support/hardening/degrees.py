@@ -248,7 +248,11 @@ def values_of(folder: Path) -> dict[tuple[str, str], Any]:
         values["weight", name] = _content(tensor)
         if name in source.weights.buffers:
             continue
-        for key, state in source.optimizer(name).items():
+        try:
+            states = source.optimizer(name)
+        except KeyError:  # it is not trained
+            continue
+        for key, state in states.items():
             values[key, name] = _content(state) if isinstance(state, TensorRef) else state
     return values
 

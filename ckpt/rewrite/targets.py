@@ -1,0 +1,123 @@
+"""The topology that a rewriting is for: which one a user means, and its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from converters import words
+from converters.errors import CheckpointError
+from converters.options import EP, PP, TP
+from converters.plan import Plan
+from converters.zero import checkpoint as zero
+from converters.zero.merging.checkpoint import MergedCheckpoint
+from converters.zero.merging.experts import ExpertsCheckpoint
+from converters.zero.merging.tensor_ranks import TensorRanks
+from converters.zero.native import expert_files, pipeline_files, stage_layers, unpartitioned_files
+from converters.zero.native import reshard as native
+from converters.zero.native.expert_ranks import require_foldable
+from converters.zero.native.target import TargetTopology
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The wishes of a user beside the number of ranks; ``None`` is the run's own."""
+
+    stage: int | None = None
+    sub_group_size: int | None = None
+    zero_init: bool | None = None
+    tp: int | None = None
+    ep: int | None = None
+    pp: str | None = None
+
+
+def target_of(
+    source: zero.Checkpoint, world_size: int, settings: Settings
+) -> tuple[TargetTopology, TensorRanks | None]:
+    """The topology, and how parameters are cut for several tensor-parallel ranks.
+
+    ``CheckpointError`` for what cannot be cut up so.
+    """
+    if settings.pp is not None:
+        return _of_stages(source, world_size, settings), None
+    degree = settings.tp or 1
+    expert_ranks = _expert_ranks(source, settings.ep)
+    dense = source
+    if isinstance(source, ExpertsCheckpoint):
+        dense = source.dense
+        if degree > 1:
+            require_foldable(source, expert_ranks)
+    tensor_ranks = TensorRanks.of(dense, degree) if degree > 1 else None
+    target = native.target(
+        source,
+        settings.stage,
+        world_size // degree,
+        settings.sub_group_size,
+        settings.zero_init,
+    )
+    return replace(target, tensor_ranks=degree, expert_ranks=expert_ranks), tensor_ranks
+
+
+def file_plan(
+    source: zero.Checkpoint, target: TargetTopology, tensor_ranks: TensorRanks | None
+) -> Plan:
+    """The files of the target."""
+    if not target.stage:
+        return unpartitioned_files.plan(source, target, tensor_ranks)
+    if isinstance(source, ExpertsCheckpoint):
+        return expert_files.plan(source, target, tensor_ranks)
+    if target.stages and isinstance(source, MergedCheckpoint):
+        return pipeline_files.plan(source, target)
+    return native.plan(source, target, tensor_ranks)
+
+
+def degrees_in_name(source: zero.Checkpoint, target: TargetTopology) -> str:
+    """The part of the output's default name on degrees, where they are not as they were."""
+    if isinstance(source, ExpertsCheckpoint):
+        is_same = source.expert_sizes == (target.expert_ranks,)
+        tensor_part = f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
+        return tensor_part + ("" if is_same else f"-ep{target.expert_ranks}")
+    if target.stages:
+        return f"-pp{len(target.stages)}"
+    return f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
+
+
+def _of_stages(source: zero.Checkpoint, world_size: int, settings: Settings) -> TargetTopology:
+    """The topology of a pipeline; ``CheckpointError`` for what is not written for its stages."""
+    assert settings.pp is not None
+    stages = stage_layers.parse(settings.pp)
+    pipeline = pipeline_files.source_of(source)
+    assert isinstance(source, MergedCheckpoint)
+    if settings.tp not in (None, 1) or settings.ep is not None or world_size % len(stages):
+        raise CheckpointError(
+            f"{source.place.folder}: {len(stages)} stages among {world_size} ranks are not written "
+            f"so; the stages of {PP} have as many ranks each, and neither {TP} nor {EP}",
+            "refused",
+        )
+    stage = settings.stage if settings.stage is not None else max(source.stage, 1)
+    target = native.target(source, stage, world_size // len(stages))
+    target = replace(target, stages=stage_layers.for_checkpoint(source, pipeline, stages))
+    pipeline_files.require(source, target)
+    return target
+
+
+def _expert_ranks(source: zero.Checkpoint, ep: int | None) -> int:
+    """The ranks to deal the experts out to;
+    ``CheckpointError`` where that cannot be known."""
+    folder = source.place.folder
+    if not isinstance(source, ExpertsCheckpoint):
+        if ep is not None:
+            raise CheckpointError(
+                f"{folder} has no experts to deal out; leave out {EP}", "unsupported"
+            )
+        return 1
+
+    if ep is None and len(source.expert_sizes) != 1:
+        sizes = words.numbers(source.expert_sizes)
+        raise CheckpointError(
+            f"{folder} has layers whose experts are dealt out to {sizes} ranks, and DeepSpeed, "
+            "which orders their param groups by chance on each rank, does not load such a "
+            f"checkpoint; name one number for all layers with {EP}, and give the engine's layers "
+            "the same ep_size",
+            "unsupported",
+        )
+    return ep or source.expert_sizes[0]

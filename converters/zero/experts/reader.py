@@ -10,6 +10,7 @@ from converters.storage import open_files
 from converters.zero import reader
 from converters.zero.checkpoint import ExpertsError
 from converters.zero.files import several_models
+from converters.zero.model_ranks import folder_files
 
 
 @open_files.once()
@@ -42,14 +43,9 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     All files have to be there, with ``complete`` or without. ``CheckpointError`` for
     what is damaged or incomplete.
     """
-    # which most checkpoints need not
-    from converters.zero.experts import flat_groups, folded, sub_groups
-    from converters.zero.model_ranks import folder_files
+    from converters.zero.experts import kinds  # which most checkpoints need not
 
     place = several_models.find(path, tag)
     with readable(place.folder, "a file is damaged or of another save"):
         files = folder_files.scan(place)
-        if len(files.model_ranks) > 1:
-            return folded.read(place, files)
-        read_files = sub_groups.read if files.partitioned else flat_groups.read
-        return read_files(place, files)
+        return kinds.reader_of(place, files)(place, files)

@@ -10,7 +10,7 @@ from converters.zero.experts import (
     flat_groups,
     folded,
     folded_lanes,
-    native_lanes,
+    native_stages,
     sub_groups,
 )
 from converters.zero.model_ranks.folder_files import FolderFiles
@@ -29,4 +29,4 @@ def reader_of(place: Place, files: FolderFiles) -> Reader:
 
     saved_count = model.root.get("mp_world_size")
     has_lanes = is_whole_number(saved_count) and saved_count > 1
-    return native_lanes.read if has_lanes or files.model_ranks != [0] else flat_groups.read
+    return native_stages.read if has_lanes or files.model_ranks != [0] else flat_groups.read

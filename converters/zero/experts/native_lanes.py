@@ -15,10 +15,10 @@ patterns that the training recorded, or the user's rules. Sources: DeepSpeed 0.1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from converters.detect.deepspeed import EXPERTS, LOAD_THERE
+from converters.detect.deepspeed import LOAD_THERE
 from converters.errors import CheckpointError
 from converters.source import Place, Source
 from converters.tensors import TensorRef
@@ -37,31 +37,31 @@ from converters.zero.files import state_files
 from converters.zero.files.state_files import State
 from converters.zero.model_ranks.folder_files import FolderFiles
 from converters.zero.naming import storage_views
-from converters.zero.parallel import merged_source, rules
-from converters.zero.parallel.cut_table import CutTable
 
 Weights = dict[str, TensorRef]
 
 
-def read(place: Place, files: FolderFiles) -> Source:
-    """The weights of the model with all its experts, and the optimizer's state by name.
+def of_stage(
+    place: Place, files: FolderFiles, members: Mapping[int, Lane]
+) -> tuple[list[Source], frozenset[str]]:
+    """What each tensor-parallel rank of a stage has, and the names of experts that none
+    of them cuts.
 
-    ``CheckpointError`` for what is damaged or incomplete.
+    ``members`` are its files by model-parallel rank. ``CheckpointError`` for what is
+    damaged or incomplete.
     """
-    members = lanes.read(place, files)
-    whole_names: frozenset[str] = frozenset()
-    if _are_cut(place, files, members):
-        sources = [_with_shards(place, files, lane, rank) for rank, lane in enumerate(members)]
-    else:
-        experts = expert_files.read(place, files, members[0].model)
-        whole_names = frozenset(experts.tensors)
-        sources = _with_whole_experts(place, members, experts)
+    own_files = {key: path for key, path in files.experts.items() if key[2] in members}
+    files = replace(files, experts=own_files)
+    stage_lanes = list(members.values())
+    if len(members) == 1 or _are_cut(place, stage_lanes):
+        sources = [_with_own_experts(place, files, *member) for member in members.items()]
+        return sources, frozenset()
 
-    table = CutTable.of(members[0].model, len(members), rules.current())
-    return merged_source.of_lanes(sources, replace(table, whole_names=whole_names), EXPERTS)
+    experts = expert_files.read(place, files, stage_lanes[0].model)
+    return _with_whole_experts(place, stage_lanes, experts), frozenset(experts.tensors)
 
 
-def _are_cut(place: Place, files: FolderFiles, members: Sequence[Lane]) -> bool:
+def _are_cut(place: Place, members: Sequence[Lane]) -> bool:
     """Whether each tensor-parallel rank has a shard of every expert, not some experts."""
     states = lanes.by_training_rank([lane.ranks for lane in members])
     if not states:
@@ -79,8 +79,8 @@ def _are_cut(place: Place, files: FolderFiles, members: Sequence[Lane]) -> bool:
     return are_cut.pop()
 
 
-def _with_shards(place: Place, files: FolderFiles, lane: Lane, rank: int) -> Source:
-    """A lane that has a shard of every expert."""
+def _with_own_experts(place: Place, files: FolderFiles, rank: int, lane: Lane) -> Source:
+    """A lane that has every expert of its stage, or a shard of every one."""
     own_files = {key: path for key, path in files.experts.items() if key[2] == rank}
     experts = expert_files.read(place, replace(files, experts=own_files), lane.model)
     if lane.ranks:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ckpt.distributed.ranks import RankGroup
+from ckpt.engine import stacked_experts
 from ckpt.engine.splitting import split_tensors, whole
 from ckpt.engine.splitting.placing import Placing
 from ckpt.engine.splitting.split_tensors import SplitEngine
@@ -104,13 +105,19 @@ class Inventory:
 
 
 def inventory(
-    engine: EngineView, wishes: Naming | None = None, ranks: RankGroup | None = None
+    engine: EngineView,
+    wishes: Naming | None = None,
+    ranks: RankGroup | None = None,
+    *,
+    as_model: bool = False,
 ) -> Inventory:
     """The tensors that ``engine`` (of ``deepspeed.initialize``) trains, in the model's
     order, buffers included.
 
     ``wishes`` choose among the tensors and rename them. With ``ranks`` every rank calls
     it, and where ranks have different tensors they agree on those of the whole model.
+    ``as_model`` asks for the names that the class of a Hugging Face model loads, also
+    where AutoEP gave its tensors others.
 
     ``CheckpointError`` for what is not such an engine, and for kinds of parallelism that
     are not followed.
@@ -131,7 +138,8 @@ def inventory(
     order = tuple(dict.fromkeys(present))
     if ranks is not None and split_tensors.is_split(engine):
         of_rank = _RankTensors(parameters, buffers, refs, aliases, order)
-        model_inventory = _agreed(cast(SplitEngine, engine), ranks, of_rank)
+        config = config_of(module) if as_model else None
+        model_inventory = _agreed(cast(SplitEngine, engine), ranks, of_rank, config)
     else:
         tensors = {name: refs[name] for name in order if name in refs}
         frozen = frozenset(name for name, value in parameters.items() if not value.requires_grad)
@@ -163,8 +171,11 @@ class _RankTensors(NamedTuple):
     order: Sequence[str]
 
 
-def _agreed(engine: SplitEngine, ranks: RankGroup, of_rank: _RankTensors) -> Inventory:
-    """The inventory of the whole model, of which this rank has its own tensors."""
+def _agreed(engine: SplitEngine, ranks: RankGroup, of_rank: _RankTensors, config: Any) -> Inventory:
+    """The inventory of the whole model, of which this rank has its own tensors.
+
+    With its ``config`` the names are those that a model of transformers has.
+    """
     split = split_tensors.SplitTensors.of(engine)
     parts = split_tensors.tensors_of_rank(
         split, of_rank.parameters, of_rank.buffers, of_rank.refs, of_rank.order
@@ -177,6 +188,9 @@ def _agreed(engine: SplitEngine, ranks: RankGroup, of_rank: _RankTensors) -> Inv
         )
         for name, owner in of_rank.aliases.items()
     ]
+    if config is not None:
+        model_type = getattr(config, "model_type", None)
+        parts, ties = stacked_experts.of_model(engine.module, model_type, parts, ties)
     model = whole.agreed(ranks, list(parts.values()), ties)
     tensors = {
         name: _tensor_ref(name, TORCH[tensor.dtype], tensor.placing.shape)
@@ -195,7 +209,8 @@ def _agreed(engine: SplitEngine, ranks: RankGroup, of_rank: _RankTensors) -> Inv
         if not tensor.placing.is_row_major
     }
     shares = whole.shares(parts, model.tensors)
-    parameters, buffers = of_rank.parameters, of_rank.buffers
+    parameters = of_rank.parameters
+    buffers = {name: buffer for name, buffer in of_rank.buffers.items() if name in parts}
     return Inventory(_marked(weights), parameters, buffers, shares=shares, placings=placings)
 
 

@@ -23,7 +23,6 @@ from ckpt.engine.partitions import (
     require_rounds,
     sixteen_bit,
 )
-from ckpt.engine.splitting.split_tensors import require_loadable
 from ckpt.engine.view import EngineView
 from ckpt.folders import staging
 from ckpt.folders.filenames import CONVERSION
@@ -109,10 +108,8 @@ class Job:
     def planned(self, ranks: RankGroup, max_shard_size: str | int) -> tuple[Inventory, Plan, Tied]:
         """The tensors, their shards,
         and whether tied names are written; every rank calls it."""
-        model_inventory = inventory(self.engine, self.wishes, ranks)
+        model_inventory = inventory(self.engine, self.wishes, ranks, as_model=True)
         config = config_of(self.engine.module)
-        if config is not None:
-            require_loadable(self.engine.module)
         config_dict = config.to_dict() if config is not None else None
 
         spared_names = ties.spared(model_inventory.written, None, config_dict)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from converters.accessors import is_whole_number
 from converters.source import Place, Source
 from converters.zero.experts import (
+    auto_ep,
     flat_groups,
     folded,
     folded_lanes,
@@ -28,5 +29,8 @@ def reader_of(place: Place, files: FolderFiles) -> Reader:
         return folded.read
 
     saved_count = model.root.get("mp_world_size")
-    has_lanes = is_whole_number(saved_count) and saved_count > 1
-    return native_stages.read if has_lanes or files.model_ranks != [0] else flat_groups.read
+    is_one = files.model_ranks == [0] and not (is_whole_number(saved_count) and saved_count > 1)
+    if is_one:
+        return flat_groups.read
+    # of AutoEP only ``folding`` says which rank has which experts: its reader asks for it
+    return folded.read if model.root.get(auto_ep.KEY) else native_stages.read

@@ -81,6 +81,7 @@ def _models(place: Place, files: FolderFiles) -> list[list[State]]:
             [path for _, path in sorted(files.partitioned[lane].items())] for lane in range(count)
         ]
     else:
+        _require_written(place, files)
         one_save.require_numbered(place, label, count, files.models)
         paths_by_lane = [[files.models[lane]] for lane in range(count)]
 
@@ -91,6 +92,24 @@ def _models(place: Place, files: FolderFiles) -> list[list[State]]:
         one_save.require_numbered(place, label, saved_count, range(count))
     one_save.require_same_step(models)
     return models_by_lane
+
+
+def _require_written(place: Place, files: FolderFiles) -> None:
+    """Raises where DeepSpeed wrote no model file of a rank whose optimizer files it wrote.
+
+    0.19.8 leaves it to ranks that write experts, and of these to the first data rank
+    (``_save_moe_checkpoint``): where experts that are whole are dealt out to fewer ranks
+    than tensor parallelism has, some of its ranks write none.
+    """
+    missing = sorted(files.optimizers.keys() - files.models.keys())
+    if missing and files.models and files.experts:
+        raise CheckpointError(
+            f"{place.folder} has optimizer files of mp_rank {all_ranks.rank_list(missing)}, and no "
+            "model file of it (mp_rank_NN_model_states.pt); copy it here from the save. DeepSpeed "
+            "(0.19.8) writes none where whole experts are dealt out to fewer ranks than tensor "
+            "parallelism has: then save with a larger ep_size",
+            "incomplete",
+        )
 
 
 def by_training_rank(members: Sequence[Sequence[State]]) -> list[State]:

@@ -95,8 +95,8 @@ def _states(place: Place, files: FolderFiles, source: Source) -> ExpertStates:
     reason = ""
     if len(files.model_ranks) > 1:
         reason = (
-            "is of AutoEP with AutoTP; its states are not written for other ranks yet, and "
-            "ckpt to-fp32 takes its weights"
+            "is of experts and of tensor or pipeline parallelism; its states are not written for "
+            "other ranks yet, and ckpt to-fp32 takes its weights"
         )
     elif not files.optimizers:
         reason = (

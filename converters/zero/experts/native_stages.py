@@ -46,13 +46,16 @@ def read(place: Place, files: FolderFiles) -> Source:
     whole_names: frozenset[str] = frozenset()
     for first in range(0, len(members), degree):
         stage = {rank: members[rank] for rank in range(first, first + degree)}
-        if not members[first].model.root.get("num_experts"):
+        has_files = any(rank in stage for _, _, rank in files.experts)
+        if not has_files and not members[first].model.root.get("num_experts"):
             other_ranks += stage
             continue
         sources, names = native_lanes.of_stage(place, files, stage)
         expert_stages.append(sources)
         whole_names |= names
 
+    if not expert_stages:
+        raise members[0].model.fail("has no num_experts, and there are no files of experts")
     by_lane = [list(sources) for sources in zip(*expert_stages, strict=True)]
     for lane, sources in enumerate(by_lane):
         ranks = [rank for rank in other_ranks if rank % degree == lane]

@@ -8,7 +8,7 @@ Source: DeepSpeed 0.19.8 ``runtime/engine.py``, ``runtime/zero/stage_1_and_2.py`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from ckpt.distributed.ranks import RankGroup
-from ckpt.engine import stacked_experts
 from ckpt.engine.splitting import split_tensors, whole
+from ckpt.engine.splitting.part import ModelPart
 from ckpt.engine.splitting.placing import Placing
 from ckpt.engine.splitting.split_tensors import SplitEngine
 from ckpt.engine.splitting.whole import Share, TiedName
@@ -58,6 +58,9 @@ _NEWER = {  # types that not every torch has
 }
 DTYPES |= {getattr(torch, name): dtype for name, dtype in _NEWER.items() if hasattr(torch, name)}
 TORCH = {dtype: kind for kind, dtype in DTYPES.items()}
+
+Parts = Mapping[str, ModelPart]  # by a rank's own names
+PartNames = Callable[[Parts, Sequence[TiedName]], tuple[dict[str, ModelPart], list[TiedName]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +111,14 @@ def inventory(
     engine: EngineView,
     wishes: Naming | None = None,
     ranks: RankGroup | None = None,
-    *,
-    as_model: bool = False,
+    part_names: PartNames | None = None,
 ) -> Inventory:
     """The tensors that ``engine`` (of ``deepspeed.initialize``) trains, in the model's
     order, buffers included.
 
     ``wishes`` choose among the tensors and rename them. With ``ranks`` every rank calls
     it, and where ranks have different tensors they agree on those of the whole model.
-    ``as_model`` asks for the names that the class of a Hugging Face model loads, also
-    where AutoEP gave its tensors others.
+    ``part_names`` gives the parts of such tensors other names, or those of others.
 
     ``CheckpointError`` for what is not such an engine, and for kinds of parallelism that
     are not followed.
@@ -138,8 +139,7 @@ def inventory(
     order = tuple(dict.fromkeys(present))
     if ranks is not None and split_tensors.is_split(engine):
         of_rank = _RankTensors(parameters, buffers, refs, aliases, order)
-        config = config_of(module) if as_model else None
-        model_inventory = _agreed(cast(SplitEngine, engine), ranks, of_rank, config)
+        model_inventory = _agreed(cast(SplitEngine, engine), ranks, of_rank, part_names)
     else:
         tensors = {name: refs[name] for name in order if name in refs}
         frozen = frozenset(name for name, value in parameters.items() if not value.requires_grad)
@@ -171,11 +171,13 @@ class _RankTensors(NamedTuple):
     order: Sequence[str]
 
 
-def _agreed(engine: SplitEngine, ranks: RankGroup, of_rank: _RankTensors, config: Any) -> Inventory:
-    """The inventory of the whole model, of which this rank has its own tensors.
-
-    With its ``config`` the names are those that a model of transformers has.
-    """
+def _agreed(
+    engine: SplitEngine,
+    ranks: RankGroup,
+    of_rank: _RankTensors,
+    part_names: PartNames | None,
+) -> Inventory:
+    """The inventory of the whole model, of which this rank has its own tensors."""
     split = split_tensors.SplitTensors.of(engine)
     parts = split_tensors.tensors_of_rank(
         split, of_rank.parameters, of_rank.buffers, of_rank.refs, of_rank.order
@@ -188,9 +190,8 @@ def _agreed(engine: SplitEngine, ranks: RankGroup, of_rank: _RankTensors, config
         )
         for name, owner in of_rank.aliases.items()
     ]
-    if config is not None:
-        model_type = getattr(config, "model_type", None)
-        parts, ties = stacked_experts.of_model(engine.module, model_type, parts, ties)
+    if part_names is not None:
+        parts, ties = part_names(parts, ties)
     model = whole.agreed(ranks, list(parts.values()), ties)
     tensors = {
         name: _tensor_ref(name, TORCH[tensor.dtype], tensor.placing.shape)

@@ -314,7 +314,29 @@ def test_a_model_file_that_deepspeed_does_not_write_is_explained(
     """As of a training whose whole experts are dealt out to one rank of two."""
     folder = copied("moe-zero1-tensor")
     (folder / "mp_rank_01_model_states.pt").unlink()
-    assert "then save with a larger ep_size" in str(refusal(folder))
+    assert "with a larger ep_size" in str(refusal(folder))
+
+
+@pytest.mark.parametrize("name", ["moe-zero0-bf16", "moe-zero0-fp32", "autoep-zero0-fp32"])
+def test_without_any_model_file_that_is_what_is_said(
+    name: str, copied: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The files of experts and of their optimizers are what is left."""
+    folder = copied(name)
+    (folder / "mp_rank_00_model_states.pt").unlink()
+    for path in (folder, folder.parent):
+        with pytest.raises(CheckpointError, match="has no model file"):
+            ckpt.to_fp32(path, tmp_path / "model")
+
+
+def test_patterns_that_one_rank_alone_has_are_refused(copied: Callable[[str], Path]) -> None:
+    folder = copied("p3dm_z1_w4")
+
+    def change(root: dict[str, Any]) -> None:
+        root["universal_checkpoint_info"]["tp_replicated_parameter_patterns"] = []
+
+    edit(folder / "mp_rank_00_model_states.pt", change)
+    assert "does not cut parameters as that of mp_rank_00" in str(refusal(folder))
 
 
 def test_stages_are_told_by_the_names_of_their_layers(copied: Callable[[str], Path]) -> None:

@@ -64,7 +64,7 @@ def read(place: Place, files: FolderFiles) -> Source:
             sources = whole_optimizers.lanes_of(place, lanes, experts)
 
     names = frozenset(name for layer in layers for name in layer.names)
-    table = CutTable.of(lanes[0].model, len(lanes), rules.current())
+    table = CutTable.of([lane.model for lane in lanes], rules.current())
     return merged_source.of_lanes(sources, replace(table, whole_names=names), EXPERTS)
 
 

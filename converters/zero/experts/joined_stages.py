@@ -46,11 +46,11 @@ def joined(stages: Sequence[Source]) -> Source:
                 )
             owners.setdefault(name, stage)
 
-    repeated = [
+    later_copies = [
         stage for stage in stages[1:] if any(owners[n] is not stage for n in stage.weights.order)
     ]
     notes = dict.fromkeys(note for stage in stages for note in stage.notes)
-    if repeated:
+    if later_copies:
         keys = {key for name in owners if (key := tied_modules.key_of(name)) is not None}
         notes[
             f"several stages have a copy of the tied module {words.some(sorted(keys))}; written is "
@@ -76,7 +76,7 @@ def joined(stages: Sequence[Source]) -> Source:
 def _weights(stages: Sequence[Source], owners: Mapping[str, Source]) -> Weights:
     """The weights that each stage is the first to have."""
 
-    def mapped(of: Callable[[Weights], Mapping[str, Any]]) -> dict[str, Any]:
+    def values_of(of: Callable[[Weights], Mapping[str, Any]]) -> dict[str, Any]:
         return {
             name: value
             for stage in stages
@@ -84,7 +84,7 @@ def _weights(stages: Sequence[Source], owners: Mapping[str, Source]) -> Weights:
             if owners.get(name) is stage
         }
 
-    def named(of: Callable[[Weights], Iterable[str]]) -> frozenset[str]:
+    def names_of(of: Callable[[Weights], Iterable[str]]) -> frozenset[str]:
         return frozenset(
             name for stage in stages for name in of(stage.weights) if owners.get(name) is stage
         )
@@ -95,15 +95,15 @@ def _weights(stages: Sequence[Source], owners: Mapping[str, Source]) -> Weights:
         for checksum in stage.weights.checksums
     }
     return Weights(
-        mapped(lambda weights: weights.tensors),
-        mapped(lambda weights: weights.aliases),
-        named(lambda weights: weights.buffers),
-        mapped(lambda weights: weights.absent),
-        mapped(lambda weights: weights.copies),
+        values_of(lambda weights: weights.tensors),
+        values_of(lambda weights: weights.aliases),
+        names_of(lambda weights: weights.buffers),
+        values_of(lambda weights: weights.absent),
+        values_of(lambda weights: weights.copies),
         tuple(checksums[key] for key in sorted(checksums)),
         tuple(owners),
-        named(lambda weights: weights.frozen),
-        named(lambda weights: weights.packed),
-        named(lambda weights: weights.trained),
-        mapped(lambda weights: weights.lost_ties),
+        names_of(lambda weights: weights.frozen),
+        names_of(lambda weights: weights.packed),
+        names_of(lambda weights: weights.trained),
+        values_of(lambda weights: weights.lost_ties),
     )

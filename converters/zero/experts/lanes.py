@@ -105,9 +105,9 @@ def _require_written(place: Place, files: FolderFiles) -> None:
     if missing and files.models and files.experts:
         raise CheckpointError(
             f"{place.folder} has optimizer files of mp_rank {all_ranks.rank_list(missing)}, and no "
-            "model file of it (mp_rank_NN_model_states.pt); copy it here from the save. DeepSpeed "
-            "(0.19.8) writes none where whole experts are dealt out to fewer ranks than tensor "
-            "parallelism has: then save with a larger ep_size",
+            "model file of it (mp_rank_NN_model_states.pt); copy it here from the save, or train "
+            "with a larger ep_size where whole experts are dealt out to fewer ranks than tensor "
+            "parallelism has, for DeepSpeed (0.19.8) writes none then",
             "incomplete",
         )
 

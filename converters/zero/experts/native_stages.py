@@ -66,7 +66,7 @@ def read(place: Place, files: FolderFiles) -> Source:
     wholes = [joined_stages.joined(sources) for sources in by_lane]
     if degree == 1:
         return wholes[0]
-    table = CutTable.of(members[0].model, degree, rules.current())
+    table = CutTable.of([member.model for member in members[:degree]], rules.current())
     return merged_source.of_lanes(wholes, replace(table, whole_names=whole_names), EXPERTS)
 
 

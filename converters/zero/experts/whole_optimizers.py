@@ -51,18 +51,18 @@ def source_of(
 
     dense = {name: ref for name, ref in weights.items() if name not in copies}
     dense = auto_ep.in_optimizer_order(layers, dense)
-    named = unpartitioned.of_dense(place.folder, optimizers, dense)
-    files = [optimizer.file for optimizer in optimizers]
+    optimizer = unpartitioned.of_dense(place.folder, optimizers, dense)
+    files = [each.file for each in optimizers]
     if expert_paths is not None:
         expert_optimizers = unpartitioned.optimizers(place, expert_paths)
         by_expert = {name: ref for name, ref in weights.items() if name in copies}
         of_experts = unpartitioned.of_experts(model, expert_optimizers, by_expert, layers)
-        named = unpartitioned.joined(named, of_experts)
+        optimizer = unpartitioned.joined(optimizer, of_experts)
         paths_of_files = {state.path for state in files}
-        files += [o.file for o in expert_optimizers if o.file.path not in paths_of_files]
+        files += [each.file for each in expert_optimizers if each.file.path not in paths_of_files]
 
-    source = _joined(place, model_with_experts, named, [*experts.states, *files], shared_names)
-    states = replace(named.states, aliases=source.weights.aliases)
+    source = _joined(place, model_with_experts, optimizer, [*experts.states, *files], shared_names)
+    states = replace(optimizer.states, aliases=source.weights.aliases)
     return replace(source, optimizer=states.of)
 
 
@@ -92,16 +92,16 @@ def lanes_of(place: Place, members: Sequence[Lane], experts: ExpertFiles) -> lis
 def _joined(
     place: Place,
     model: State,
-    named: NamedOptimizers,
+    optimizer: NamedOptimizers,
     files: list[State],
     shared_names: Mapping[str, str],
 ) -> Source:
     """The weights by name, as a ``Source`` without states."""
-    parameters = storage_views.complete(model, dict(named.masters), None)
+    parameters = storage_views.complete(model, dict(optimizer.masters), None)
     for name, owner in shared_names.items():
         if owner in parameters.frozen and parameters.frozen.pop(name, None) is not None:
             parameters.aliases[name] = owner
-    if named.states.by_name is None:
+    if optimizer.states.by_name is None:
         parameters.notes.append(f"the optimizer's state is absent: {numbered_states.UNKNOWN}")
 
     world_size = model.root.get("dp_world_size")

@@ -42,6 +42,32 @@ def text(value: Any) -> str:
     return _full_repr.repr(value)
 
 
+def alike(first: Any, second: Any, budget: int = 1 << 20) -> bool:
+    """Whether two values of files are alike, dicts and lists through and through.
+
+    At most ``budget`` values are looked at, whatever a file nests; what is beyond them
+    is taken for alike.
+    """
+    pairs = [(first, second)]
+    while pairs and budget:
+        budget -= 1
+        one, two = pairs.pop()
+        if one is two:
+            continue
+        if isinstance(one, dict) and isinstance(two, dict):
+            if one.keys() != two.keys():
+                return False
+            pairs += [(value, two[key]) for key, value in one.items()]
+        elif isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)):
+            if len(one) != len(two):
+                return False
+            pairs += zip(one, two, strict=True)
+        elif text(one) != text(two):
+            return False
+
+    return True
+
+
 def expected(path: Path, label: str, value: Any, kind: type[_Kind]) -> _Kind:
     """``value`` if it is of this kind; ``CheckpointError`` says what it is instead."""
     if is_a(value, kind):

@@ -27,11 +27,13 @@ _JOINED = "join_rows"  # the rule of the tables for gates and inputs
 
 def of_model(
     module: Any,
-    model_type: object,
+    config: Mapping[str, Any],
     parts: Mapping[str, ModelPart],
     ties: Sequence[TiedName],
 ) -> tuple[dict[str, ModelPart], list[TiedName]]:
     """The parts, by this rank's own names, and the tied names, as the model has them.
+
+    ``config`` is what its config.json has.
 
     As they are where AutoEP has stacked no experts. ``CheckpointError`` where no table
     has this type of model, whose class would not load AutoEP's names.
@@ -39,6 +41,7 @@ def of_model(
     if not has_stacked_experts(module):
         return dict(parts), list(ties)
 
+    model_type = config.get("model_type")
     table = next((each for each in framework_tables.tables() if _is_for(each, model_type)), None)
     if table is None:
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -327,6 +328,30 @@ def test_without_any_model_file_that_is_what_is_said(
     for path in (folder, folder.parent):
         with pytest.raises(CheckpointError, match="has no model file"):
             ckpt.to_fp32(path, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "glob", "number"),
+    [
+        ("moe-zero1-frozen", "layer_0_expert_1_*", "layer_999999999_expert_1_mp_rank_00"),
+        ("moe-zero0-fp32", "expp_rank_1_*", "expp_rank_999999999_mp_rank_00"),
+        ("moe-zero1-tensor", "mp_rank_01_*", "mp_rank_999999999"),
+        ("pipeline-zero0-fp32", "layer_01-*", "layer_999999999"),
+        ("moe-zero2-blocks", "*optim*", None),
+    ],
+)
+def test_a_number_beyond_all_ranks_takes_no_memory(
+    name: str, glob: str, number: str | None, copied: Callable[[str], Path]
+) -> None:
+    """Of a file's name, or of ranks that share a param group."""
+    folder = copied(name)
+    for path in sorted(folder.glob(glob)):
+        if number is not None:
+            ending = re.sub(r".*(?=[_-](model|optim)_states)", "", path.name)
+            path.rename(folder / f"{number}{ending}")
+            break
+        edit(path, lambda root: root["optimizer_state_dict"].update(partition_count=[10**9] * 2))
+    assert len(str(refusal(folder))) < 500
 
 
 def test_patterns_that_one_rank_alone_has_are_refused(copied: Callable[[str], Path]) -> None:

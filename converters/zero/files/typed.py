@@ -42,7 +42,7 @@ def text(value: Any) -> str:
     return _full_repr.repr(value)
 
 
-def alike(first: Any, second: Any, budget: int = 1 << 20) -> bool:
+def are_alike(first: Any, second: Any, budget: int = 1 << 20) -> bool:
     """Whether two values of files are alike, dicts and lists through and through.
 
     At most ``budget`` values are looked at, whatever a file nests; what is beyond them
@@ -51,18 +51,18 @@ def alike(first: Any, second: Any, budget: int = 1 << 20) -> bool:
     pairs = [(first, second)]
     while pairs and budget:
         budget -= 1
-        one, two = pairs.pop()
-        if one is two:
+        value, expected_value = pairs.pop()
+        if value is expected_value:
             continue
-        if isinstance(one, dict) and isinstance(two, dict):
-            if one.keys() != two.keys():
+        if isinstance(value, dict) and isinstance(expected_value, dict):
+            if value.keys() != expected_value.keys():
                 return False
-            pairs += [(value, two[key]) for key, value in one.items()]
-        elif isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)):
-            if len(one) != len(two):
+            pairs += [(inner, expected_value[key]) for key, inner in value.items()]
+        elif isinstance(value, (list, tuple)) and isinstance(expected_value, (list, tuple)):
+            if len(value) != len(expected_value):
                 return False
-            pairs += zip(one, two, strict=True)
-        elif text(one) != text(two):
+            pairs += zip(value, expected_value, strict=True)
+        elif text(value) != text(expected_value):
             return False
 
     return True

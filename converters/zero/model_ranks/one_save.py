@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters.accessors import is_whole_number
+from converters.accessors import is_whole_number, missing_numbers
 from converters.errors import CheckpointError
 from converters.source import Place
 from converters.storage import misplaced_files
@@ -27,11 +27,11 @@ def require_numbered(place: Place, label: str, count: int, numbers: Collection[i
 
     ``label`` says which files, with N for the number: "mp_rank_N_model_states.pt".
     """
-    missing_numbers = sorted(set(range(count)) - set(numbers))
-    surplus_numbers = sorted(set(numbers) - set(range(count)))
-    if missing_numbers:
+    absent_numbers = missing_numbers(count, numbers)
+    surplus_numbers = sorted(number for number in set(numbers) if number >= count)
+    if absent_numbers:
         raise CheckpointError(
-            f"{place.folder} lacks {label} for N = {all_ranks.rank_list(missing_numbers)}, "
+            f"{place.folder} lacks {label} for N = {all_ranks.rank_list(absent_numbers)}, "
             f"expected {count} of them; copy them here from the save"
             f"{misplaced_files.missing(place.folder)}",
             "incomplete",

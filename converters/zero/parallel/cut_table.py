@@ -52,7 +52,7 @@ class CutTable:
         model, *others = models
         fields = _recorded(model)
         for other in others:
-            if not typed.alike(_of_cuts(fields), _of_cuts(_recorded(other))):
+            if not typed.are_alike(_of_cuts(fields), _of_cuts(_recorded(other))):
                 raise other.fail(
                     f"its {INFO} does not cut parameters as that of {model.path.name} does; files "
                     "of two saves are mixed"

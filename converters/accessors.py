@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import Any, TypeGuard, TypeVar
 
 from converters.errors import MalformedError
 
+MAX_MISSING = 1 << 16  # more are not counted
 _Value = TypeVar("_Value")
 
 
@@ -29,6 +31,16 @@ def is_whole_number(content: object, minimum: int = 0) -> TypeGuard[int]:
 def is_number(content: object) -> TypeGuard[float]:
     """Whether a value is a number, whole or not, finite or not."""
     return isinstance(content, float) or is_a(content, int)
+
+
+def missing_numbers(count: int, numbers: Collection[int]) -> list[int]:
+    """The numbers below ``count`` that are not among these, of very many the first.
+
+    Files, and the names of files, may speak of any number of ranks or layers.
+    """
+    present = frozenset(numbers)
+    gaps = (number for number in range(count) if number not in present)
+    return list(islice(gaps, MAX_MISSING))
 
 
 def value(content: Any, kind: type[_Value], label: str) -> _Value:

@@ -8,7 +8,7 @@ Source: DeepSpeed 0.19.8 ``runtime/engine.py``, ``runtime/zero/stage_1_and_2.py`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine.splitting import split_tensors, whole
+from ckpt.engine.splitting.part import ModelPart
 from ckpt.engine.splitting.placing import Placing
 from ckpt.engine.splitting.split_tensors import SplitEngine
 from ckpt.engine.splitting.whole import Share, TiedName
@@ -57,6 +58,9 @@ _NEWER = {  # types that not every torch has
 }
 DTYPES |= {getattr(torch, name): dtype for name, dtype in _NEWER.items() if hasattr(torch, name)}
 TORCH = {dtype: kind for kind, dtype in DTYPES.items()}
+
+Parts = Mapping[str, ModelPart]  # by a rank's own names
+PartNames = Callable[[Parts, Sequence[TiedName]], tuple[dict[str, ModelPart], list[TiedName]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +108,17 @@ class Inventory:
 
 
 def inventory(
-    engine: EngineView, wishes: Naming | None = None, ranks: RankGroup | None = None
+    engine: EngineView,
+    wishes: Naming | None = None,
+    ranks: RankGroup | None = None,
+    part_names: PartNames | None = None,
 ) -> Inventory:
     """The tensors that ``engine`` (of ``deepspeed.initialize``) trains, in the model's
     order, buffers included.
 
     ``wishes`` choose among the tensors and rename them. With ``ranks`` every rank calls
     it, and where ranks have different tensors they agree on those of the whole model.
+    ``part_names`` gives the parts of such tensors other names, or those of others.
 
     ``CheckpointError`` for what is not such an engine, and for kinds of parallelism that
     are not followed.
@@ -131,7 +139,7 @@ def inventory(
     order = tuple(dict.fromkeys(present))
     if ranks is not None and split_tensors.is_split(engine):
         of_rank = _RankTensors(parameters, buffers, refs, aliases, order)
-        model_inventory = _agreed(cast(SplitEngine, engine), ranks, of_rank)
+        model_inventory = _agreed(cast(SplitEngine, engine), ranks, of_rank, part_names)
     else:
         tensors = {name: refs[name] for name in order if name in refs}
         frozen = frozenset(name for name, value in parameters.items() if not value.requires_grad)
@@ -163,7 +171,12 @@ class _RankTensors(NamedTuple):
     order: Sequence[str]
 
 
-def _agreed(engine: SplitEngine, ranks: RankGroup, of_rank: _RankTensors) -> Inventory:
+def _agreed(
+    engine: SplitEngine,
+    ranks: RankGroup,
+    of_rank: _RankTensors,
+    part_names: PartNames | None,
+) -> Inventory:
     """The inventory of the whole model, of which this rank has its own tensors."""
     split = split_tensors.SplitTensors.of(engine)
     parts = split_tensors.tensors_of_rank(
@@ -177,6 +190,8 @@ def _agreed(engine: SplitEngine, ranks: RankGroup, of_rank: _RankTensors) -> Inv
         )
         for name, owner in of_rank.aliases.items()
     ]
+    if part_names is not None:
+        parts, ties = part_names(parts, ties)
     model = whole.agreed(ranks, list(parts.values()), ties)
     tensors = {
         name: _tensor_ref(name, TORCH[tensor.dtype], tensor.placing.shape)
@@ -195,7 +210,8 @@ def _agreed(engine: SplitEngine, ranks: RankGroup, of_rank: _RankTensors) -> Inv
         if not tensor.placing.is_row_major
     }
     shares = whole.shares(parts, model.tensors)
-    parameters, buffers = of_rank.parameters, of_rank.buffers
+    parameters = of_rank.parameters
+    buffers = {name: buffer for name, buffer in of_rank.buffers.items() if name in parts}
     return Inventory(_marked(weights), parameters, buffers, shares=shares, placings=placings)
 
 

@@ -5,8 +5,9 @@
     live.save_16bit(engine, "out/final-bf16")      the same of the weights the model computes with
     state_dict = live.fp32_state_dict(engine)      in memory, for models that fit
 
-``export`` is one rank's part in it, ``shards`` the files that all of them write, and
-``gathering`` the weights in memory.
+``export`` is one rank's part in it, ``shards`` the files that all of them write,
+``gathering`` the weights in memory, and ``stacked_experts`` gives AutoEP's experts the
+names that the model has.
 
 Every rank must call them, between two steps. The output is planned once, as
 ``safetensors.plan`` does for a checkpoint; every rank writes what it holds at its final

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,10 @@ from ckpt.engine.partitions import (
     require_rounds,
     sixteen_bit,
 )
-from ckpt.engine.splitting.split_tensors import require_loadable
 from ckpt.engine.view import EngineView
 from ckpt.folders import staging
 from ckpt.folders.filenames import CONVERSION
-from ckpt.live import gathering, shards
+from ckpt.live import gathering, shards, stacked_experts
 from ckpt.runs.foreign import replaceable
 from ckpt.version import __version__
 from ckpt.weights.arguments import shard_bytes
@@ -109,11 +109,13 @@ class Job:
     def planned(self, ranks: RankGroup, max_shard_size: str | int) -> tuple[Inventory, Plan, Tied]:
         """The tensors, their shards,
         and whether tied names are written; every rank calls it."""
-        model_inventory = inventory(self.engine, self.wishes, ranks)
-        config = config_of(self.engine.module)
-        if config is not None:
-            require_loadable(self.engine.module)
+        module = self.engine.module
+        config = config_of(module)
         config_dict = config.to_dict() if config is not None else None
+        part_names = None
+        if config_dict is not None:
+            part_names = partial(stacked_experts.of_model, module, config_dict)
+        model_inventory = inventory(self.engine, self.wishes, ranks, part_names)
 
         spared_names = ties.spared(model_inventory.written, None, config_dict)
         written_weights = ties.without_spared(model_inventory.written, spared_names)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from converters.detect.filenames import LATEST, STATES
+from converters.detect.filenames import EXPERTS, LATEST, STAGES, STATES
 from converters.lazy_pattern import LazyPattern
 from converters.options import TAG
 from converters.storage import stores
@@ -23,8 +23,9 @@ def is_state_file(name: str) -> bool:
 
 
 def is_tag_folder(path: Path) -> bool:
-    """Whether state files lie directly in ``path``."""
-    return any(map(is_state_file, stores.names(path)))
+    """Whether state files lie directly in ``path``, those of layers or experts too."""
+    patterns = (*STATES, EXPERTS, STAGES)
+    return any(pattern.fullmatch(name) for name in stores.names(path) for pattern in patterns)
 
 
 def tag_in(latest: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from oracles import FIXTURES, run
 
+import ckpt
 from converters import detect
 from converters.errors import CheckpointError
 from converters.tensors import DType, Extent, Listed, TensorRef
@@ -27,6 +29,7 @@ FOLDED = "aeptp_mixtral_z2_w4"
 THREE_D = ("p3d_z0bf_w4", "p3dm_z1_w4", FOLDED)
 NAMES = sorted((*(path.name for path in SPLIT.iterdir() if path.is_dir()), *THREE_D))
 TAG = "global_step2"
+_ALL_REPLICATED = {"tp_replicated_parameter_patterns": [".*"]}
 Edit = Callable[[dict[str, Any]], object]
 
 
@@ -83,7 +86,11 @@ def test_files_under_each_others_names_are_found_out(
 
 
 @pytest.mark.parametrize(
-    "name", ["pipeline-zero1", "moe-zero2-sizes", "autoep-zero3", "p3dm_z1_w4", FOLDED]
+    "name",
+    [
+        *("pipeline-zero1", "moe-zero2-sizes", "autoep-zero3", "p3dm_z1_w4", FOLDED),
+        *("moe-zero1-tensor", "moe-zero2-tensor-cut", "pipeline-zero1-experts"),
+    ],
 )
 def test_an_optimizer_file_of_another_step_is_found_out(
     name: str, copied: Callable[[str], Path]
@@ -108,6 +115,8 @@ def test_an_optimizer_file_of_another_step_is_found_out(
         ("autoep-zero2", "layer_0_expert_1*"),
         ("p3dm_z1_w4", "layer_03-model_01*"),
         (FOLDED, "layer_0_expert_2*"),
+        ("moe-zero2-tensor-cut", "layer_0_expert_2_mp_rank_01*"),
+        ("pipeline-zero1-experts", "layer_0_expert_1_mp_rank_01*"),
     ],
 )
 def test_16_bit_weights_of_another_step_are_found_out_before_anything_is_written(
@@ -242,8 +251,8 @@ def test_experts_on_several_model_ranks_are_refused_without_the_files_of_those_t
         if not path.name.startswith("layer"):
             edit(path, lambda root: root.update(mp_world_size=2))
     error = refusal(folder)
-    assert error.kind == "unsupported"
-    assert "of experts and of tensor or pipeline parallelism" in str(error)
+    assert error.kind == "incomplete"
+    assert "mp_rank_N_model_states.pt for N = 1, expected 2" in str(error)
 
 
 def test_frozen_experts_that_each_rank_has_its_own_pieces_of_are_refused(
@@ -293,11 +302,92 @@ def test_a_layer_that_no_stage_trains_is_named(copied: Callable[[str], Path]) ->
     assert "9.weight" in source.weights.frozen
 
 
-def test_a_pipeline_of_experts_is_refused_by_name(copied: Callable[[str], Path]) -> None:
+def test_the_files_of_experts_of_a_pipeline_are_missed(copied: Callable[[str], Path]) -> None:
     folder = copied("pipeline-zero1")
     edit(folder / "mp_rank_00_model_states.pt", lambda root: root.update(num_experts=[2]))
     error = refusal(folder)
-    assert error.kind == "unsupported" and "a pipeline with experts" in str(error)
+    assert error.kind == "incomplete" and "a pipeline with experts, whose files" in str(error)
+
+
+def test_a_model_file_that_deepspeed_does_not_write_is_explained(
+    copied: Callable[[str], Path],
+) -> None:
+    """As of a training whose whole experts are dealt out to one rank of two."""
+    folder = copied("moe-zero1-tensor")
+    (folder / "mp_rank_01_model_states.pt").unlink()
+    assert "with a larger ep_size" in str(refusal(folder))
+
+
+@pytest.mark.parametrize("name", ["moe-zero0-bf16", "moe-zero0-fp32", "autoep-zero0-fp32"])
+def test_without_any_model_file_that_is_what_is_said(
+    name: str, copied: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The files of experts and of their optimizers are what is left."""
+    folder = copied(name)
+    (folder / "mp_rank_00_model_states.pt").unlink()
+    for path in (folder, folder.parent):
+        with pytest.raises(CheckpointError, match="has no model file"):
+            ckpt.to_fp32(path, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "glob", "number"),
+    [
+        ("moe-zero1-frozen", "layer_0_expert_1_*", "layer_999999999_expert_1_mp_rank_00"),
+        ("moe-zero0-fp32", "expp_rank_1_*", "expp_rank_999999999_mp_rank_00"),
+        ("moe-zero1-tensor", "mp_rank_01_*", "mp_rank_999999999"),
+        ("pipeline-zero0-fp32", "layer_01-*", "layer_999999999"),
+        ("moe-zero2-blocks", "*optim*", None),
+    ],
+)
+def test_a_number_beyond_all_ranks_takes_no_memory(
+    name: str, glob: str, number: str | None, copied: Callable[[str], Path]
+) -> None:
+    """Of a file's name, or of ranks that share a param group."""
+    folder = copied(name)
+    for path in sorted(folder.glob(glob)):
+        if number is not None:
+            ending = re.sub(r".*(?=[_-](model|optim)_states)", "", path.name)
+            path.rename(folder / f"{number}{ending}")
+            break
+        edit(path, lambda root: root["optimizer_state_dict"].update(partition_count=[10**9] * 2))
+    assert len(str(refusal(folder))) < 500
+
+
+def test_patterns_that_one_rank_alone_has_are_refused(copied: Callable[[str], Path]) -> None:
+    folder = copied("p3dm_z1_w4")
+
+    def change(root: dict[str, Any]) -> None:
+        root["universal_checkpoint_info"]["tp_replicated_parameter_patterns"] = []
+
+    edit(folder / "mp_rank_00_model_states.pt", change)
+    assert "does not cut parameters as that of mp_rank_00" in str(refusal(folder))
+
+
+def test_stages_are_told_by_the_names_of_their_layers(copied: Callable[[str], Path]) -> None:
+    """As before DeepSpeed 0.19.5, which records the degrees."""
+    for name in ("pipeline-zero1-experts", "moe-zero2-tensor-cut", "moe-zero0-fp32-tensor"):
+        folder = copied(name)
+        expected = set(detect.read(folder.parent).weights.tensors)
+        for path in sorted(folder.glob("mp_rank*")):
+            edit(path, lambda root: root.pop("checkpoint_parallel_dimensions"))
+        assert set(detect.read(folder.parent).weights.tensors) == expected
+
+
+def test_patterns_that_call_unlike_shards_replicated_give_no_values(
+    copied: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copied("moe-zero1-tensor")
+    for path in sorted(folder.glob("mp_rank*")):
+        edit(path, lambda root: root.update(universal_checkpoint_info=_ALL_REPLICATED))
+    opened = ckpt.open(folder.parent)
+    assert opened["inp.weight"].shape == (6, 6)
+    for read in (opened.get_tensor, opened.optimizer_state):
+        with pytest.raises(
+            CheckpointError, match=r"holds other values of .*dense\.up\.weight than"
+        ):
+            read("dense.up.weight")
+    run("to-fp32", folder.parent, "-o", tmp_path / "model", code=1)
 
 
 @pytest.mark.parametrize(

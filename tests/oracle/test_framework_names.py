@@ -26,7 +26,10 @@ LAYERS, HEADS, GROUPS, SIZE, INNER, WORDS = 2, 4, 2, 16, 24, 32
 Tensors = dict[str, torch.Tensor]
 
 
-@pytest.mark.parametrize("name", ["neox-zero1-logits", "autoep-zero2-logits"])
+WITH_LOGITS = sorted(path.name for path in SPLIT.glob("*-logits*"))
+
+
+@pytest.mark.parametrize("name", WITH_LOGITS)
 @pytest.mark.parametrize("layout", ["hub", "runtime"])
 def test_the_logits_are_those_of_the_trained_model(name: str, layout: Any, tmp_path: Path) -> None:
     output = ckpt.to_fp32(SPLIT / name, tmp_path / "model", names="hf", layout=layout)

@@ -40,7 +40,8 @@ converters.zero.naming
 converters.zero
 converters.zero.model_ranks
 converters.zero.parallel
-converters.zero.experts converters.zero.pipeline
+converters.zero.pipeline
+converters.zero.experts
 converters.zero.merging
 converters.zero.native
 converters.zero.universal

@@ -205,25 +205,15 @@ def load(engine: Any, job: dict[str, Any]) -> None:
 def save_all(engine: Any, run: str) -> None:
     """Saves a checkpoint with weights into a run, and the live weights beside it.
 
-    Of AutoEP, whose names no class loads, without weights; beside it, RUN.pt, is the live
-    state dict.
+    Of AutoEP the live state dict, too, whose names are those of the engine.
     """
-    is_stacked = any(name.endswith(".w1") for name, _ in engine.module.named_parameters())
-    with ckpt.Saver(engine, run, weights=None if is_stacked else "bf16") as saver:
+    with ckpt.Saver(engine, run, weights="bf16") as saver:
         saver.save(engine.global_steps)
-    if not is_stacked:
-        live.save_fp32(engine, f"{run}-fp32", max_shard_size="4kB")
-        return
-
-    state = live.fp32_state_dict(engine)
-    if state is not None:
-        torch.save(state, f"{run}.pt")
-    try:
-        live.save_fp32(engine, f"{run}-fp32")
-    except ckpt.CheckpointError as error:
-        assert "--names hf" in str(error) or "in full on" in str(error)
-    else:
-        raise AssertionError("a model folder was written that its class does not load")
+    live.save_fp32(engine, f"{run}-fp32", max_shard_size="4kB")
+    if any(name.endswith(".w1") for name, _ in engine.module.named_parameters()):
+        state = live.fp32_state_dict(engine)
+        if state is not None:
+            torch.save(state, f"{run}.pt")
 
 
 def train(job: dict[str, Any]) -> None:

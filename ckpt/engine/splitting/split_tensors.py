@@ -80,22 +80,9 @@ def is_split(engine: object) -> bool:
     return is_parallel or bool(getattr(engine, "has_moe_layers", False))
 
 
-def require_loadable(module: Any) -> None:
-    """``CheckpointError`` if the class
-    of a Hugging Face model would not load its tensors' names.
-
-    AutoEP stacks the experts under names of its own.
-    """
-    stacked_names = (n for n, value in module.named_parameters() if hasattr(value, _AUTO_EP))
-    name = next(stacked_names, None)
-    if name is not None:
-        raise CheckpointError(
-            f"AutoEP has made {name} and others of the model's experts, which "
-            f"{type(module).__name__} would not load; pass weights=None to a saver, and ckpt "
-            "to-fp32 with --names hf makes the model of its checkpoints; live.fp32_state_dict "
-            "gives the tensors under these names",
-            "unsupported",
-        )
+def has_stacked_experts(module: Any) -> bool:
+    """Whether AutoEP has stacked experts, under names that the model's class does not have."""
+    return any(hasattr(parameter, _AUTO_EP) for parameter in module.parameters())
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from ckpt.runs.manifest import is_inside
 from ckpt.runs.recognition import is_spare
+from converters.accessors import missing_numbers
 from converters.errors import CheckpointError
 from converters.formats import safetensors
 from converters.storage import bounded_json, open_files
@@ -161,7 +162,7 @@ def require_all_ranks(folder: Path, paths: Iterable[Path], name_pattern: str) ->
     rank_numbers = {
         int(match[1]) for path in paths if (match := re.fullmatch(name_pattern, path.name))
     }
-    missing_ranks = sorted(set(range(max(rank_numbers, default=-1) + 1)) - rank_numbers)
+    missing_ranks = missing_numbers(max(rank_numbers, default=-1) + 1, rank_numbers)
     if missing_ranks:
         raise CheckpointError(
             f"{folder} has files of {counted(len(rank_numbers), 'rank')}, but none of rank "

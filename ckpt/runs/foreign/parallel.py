@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt.runs.foreign import intact_files
-from converters.accessors import is_whole_number
+from converters.accessors import is_whole_number, missing_numbers
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
 from converters.zero.files import discovery as folders
@@ -202,11 +202,9 @@ def _require_numbered(
     present_numbers: set[int] | None = None,
 ) -> None:
     """``CheckpointError`` if a number up to the highest of ``numbers`` is not present."""
-    missing_numbers = sorted(
-        set(range(max(numbers, default=-1) + 1))
-        - (numbers if present_numbers is None else present_numbers)
-    )
-    if missing_numbers:
+    present = numbers if present_numbers is None else present_numbers
+    absent_numbers = missing_numbers(max(numbers, default=-1) + 1, present)
+    if absent_numbers:
         raise CheckpointError(
-            f"{folder} has no file of {description} {missing_numbers[0]}", "incomplete"
+            f"{folder} has no file of {description} {absent_numbers[0]}", "incomplete"
         )

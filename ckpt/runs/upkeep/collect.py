@@ -24,6 +24,7 @@ from ckpt.runs.digests import CHUNK, Progress, quiet
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import RunCheckpoint
 from ckpt.runs.verify import states
+from converters.accessors import missing_numbers
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
 from converters.options import OUTPUT
@@ -102,7 +103,7 @@ def _require_all_nodes(first_folder: Path, manifests: Sequence[Manifest]) -> Non
     """``CheckpointError`` unless each node's part is there, once."""
     node_count = manifests[0].nodes
     node_numbers = [node_manifest.node for node_manifest in manifests]
-    missing_nodes = sorted(set(range(node_count)) - set(node_numbers))
+    missing_nodes = missing_numbers(node_count, node_numbers)
     if not missing_nodes and len(node_numbers) == node_count:
         return
 

@@ -182,7 +182,7 @@ def _require_layers(matches: Mapping[str, TemplateMatch], config: Config) -> Non
     """Raises unless the blocks are as many as config.json says."""
     layers = {int(match.binding["layer"]) for match in matches.values() if "layer" in match.binding}
     stated = look_up(config, "num_hidden_layers")
-    if layers and type(stated) is int and layers != set(range(stated)):
+    if layers and type(stated) is int and (len(layers) != stated or max(layers) >= stated):
         raise NotArrangedError(
             f"there are blocks for {counted(len(layers), 'layer')}, and config.json has {stated}"
         )

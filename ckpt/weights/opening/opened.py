@@ -148,6 +148,15 @@ def _source(path: Path, tag: str | None) -> Source:
     return (weights or detect(path, tag)).read()
 
 
+def _read_once(name: str, ref: TensorRef, dtype: DType, framework: Framework) -> Array:
+    """The tensor, after what other ranks have of it was compared."""
+    if ref.replicas:
+        from converters.execute import replicas  # which most checkpoints need not
+
+        replicas.require_same([(name, ref)])
+    return read(ref, dtype, framework)
+
+
 def _place_in_file(ref: TensorRef) -> tuple[str, int]:
     first = ref.extents[0] if len(ref.extents) else None
     return (str(first.path), first.offset) if first else ("", 0)
@@ -201,11 +210,12 @@ class Opened(Mapping[str, "Array"]):
     def get_tensor(self, name: str) -> Array:
         """The tensor, read now; ``KeyError``, with the reason if it is absent.
 
-        ``CheckpointError`` for a kind of tensor that is listed, and not read.
+        ``CheckpointError`` for a kind of tensor that is listed, and not read, and where
+        ranks that should all have it have different values.
         """
         if (tensor := self._unusual(name)) is not None:
             return tensor.read(self.framework)
-        return read(self.ref(name), self.dtype(name), self.framework)
+        return _read_once(name, self.ref(name), self.dtype(name), self.framework)
 
     @property
     def absent(self) -> Mapping[str, str]:
@@ -317,7 +327,9 @@ class Opened(Mapping[str, "Array"]):
         state = self.checkpoint.optimizer(self.sources.get(name, name))
 
         return {
-            key: read(value, value.dtype, self.framework) if isinstance(value, TensorRef) else value
+            key: _read_once(f"{key} of {name}", value, value.dtype, self.framework)
+            if isinstance(value, TensorRef)
+            else value
             for key, value in state.items()
         }
 

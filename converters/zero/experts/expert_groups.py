@@ -61,6 +61,12 @@ class SharedGroup:
     numbers: tuple[int, ...]
 
     @property
+    def expert_size(self) -> int | None:
+        """The expert ranks that the name speaks of, if it does."""
+        match = _EXPERT_NAME.fullmatch(self.name.name)
+        return int(match[1]) if match is not None else None
+
+    @property
     def expert_ranks(self) -> int:
         """The ranks that the experts are dealt out to; 1 where all have the same."""
         return len(self.numbers) // self.name.partition_count
@@ -97,6 +103,12 @@ def matched_groups(ranks: Sequence[State]) -> list[SharedGroup]:
         all_ranks.require_same_progress(ranks[0], expected, state, _progress(state, names))
 
     return groups
+
+
+def is_block(model: State) -> bool:
+    """Whether the ranks of an expert rank follow one another
+    (``use_data_before_expert_parallelism``)."""
+    return model.setting("use_data_before_expert_parallelism") is True
 
 
 def ranks_of(group: SharedGroup, expert_rank: int, is_block: bool) -> list[int]:
@@ -175,8 +187,8 @@ def require_count(state: State, group: SharedGroup) -> None:
             f"a param group without experts is shared by {count} ranks, expected {world_size}"
         )
 
-    match = _EXPERT_NAME.fullmatch(group.name.name)
-    if world_size % count or (match and int(match[1]) * count != world_size):
+    size = group.expert_size
+    if world_size % count or (size is not None and size * count != world_size):
         raise state.fail(
             f"the param group {group.name.name} is shared by {count} of {world_size} ranks, which "
             "its name contradicts"

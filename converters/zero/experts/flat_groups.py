@@ -14,13 +14,11 @@ files (``expert_files``). Sources: DeepSpeed 0.19.8 ``runtime/engine.py``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from converters import words
 from converters.accessors import is_a
 from converters.detect.deepspeed import EXPERTS, LOAD_THERE
 from converters.errors import CheckpointError
-from converters.names.rules import Names
 from converters.source import Place, Source, SourceTopology
 from converters.storage import misplaced_files
 from converters.tensors import TensorRef
@@ -30,14 +28,14 @@ from converters.zero.experts import (
     auto_ep,
     expert_files,
     expert_groups,
-    unpartitioned,
     whole_model,
+    whole_optimizers,
 )
 from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.experts.expert_files import NATIVE, ExpertFiles
 from converters.zero.files import all_ranks, state_files
 from converters.zero.files.state_files import State
-from converters.zero.model_ranks import folder_files, numbered_states, one_save
+from converters.zero.model_ranks import folder_files, one_save
 from converters.zero.model_ranks.folder_files import FolderFiles
 from converters.zero.model_ranks.joined_source import Joined
 from converters.zero.naming import storage_views
@@ -52,19 +50,23 @@ def read(place: Place, files: FolderFiles) -> Source:
     ``CheckpointError`` for what is damaged, incomplete, or split up further.
     """
     model = model_file(place, files)
-    layers = auto_ep.layers_of(model)
     experts = expert_files.read(place, files, model)
-    copies, prefixes = whole_model.copies_of(model, layers, experts.tensors)
     if not files.optimizers and files.expert_optimizers:
-        return _without_zero(place, files, model, layers, experts)
+        paths = files.expert_optimizers[0]
+        return whole_optimizers.source_of(place, model, experts, paths, expert_paths=paths)
+    return of_ranks(place, model, optimizer_files(place, files, model), experts)
 
-    ranks = optimizer_files(place, files, model)
+
+def of_ranks(place: Place, model: State, ranks: Sequence[State], experts: ExpertFiles) -> Source:
+    """The same of the files of one model-parallel rank."""
+    layers = auto_ep.layers_of(model)
+    copies, prefixes = whole_model.copies_of(model, layers, experts.tensors)
     masters, local_weights = _masters(model, ranks, layers)
     stacks = {name for layer in layers for name in layer.names}
     stacked_weights = {key: ref for key, ref in local_weights.items() if key[0] in stacks}
     single_weights = {key: ref for key, ref in local_weights.items() if key[0] not in stacks}
     masters |= auto_ep.whole_stacks(model, layers, stacked_weights)
-    masters |= _numbered(model, single_weights, experts.tensors)
+    masters |= numbered(model, single_weights, experts.tensors)
 
     model_with_experts = whole_model.with_experts(model, layers, copies, prefixes)
     shapes = state_files.shapes(model, "param_shapes")
@@ -84,51 +86,15 @@ def read(place: Place, files: FolderFiles) -> Source:
     ).source(lambda: (part for rank in ranks for part in optimizer_state.of_flat_groups(rank)))
 
 
-def _without_zero(
-    place: Place,
-    files: FolderFiles,
-    model: State,
-    layers: Sequence[AutoEPLayer],
-    experts: ExpertFiles,
-) -> Source:
-    """The weights of a training without ZeRO, and the states by order."""
-    optimizers = unpartitioned.optimizers(place, files.expert_optimizers[0])
-    copies, prefixes = whole_model.copies_of(model, layers, experts.tensors)
-    model_with_experts = whole_model.with_experts(model, layers, copies, prefixes)
-    shared_names = storage_views.shared_names(model_with_experts, Names())
-    weights = {
-        name: ref
-        for name, ref in storage_views.complete(model_with_experts, {}, None).frozen.items()
-        if name not in shared_names
-    }
-    dense = {name: ref for name, ref in weights.items() if name not in copies}
-    dense = auto_ep.in_optimizer_order(layers, dense)
-    by_expert = {name: ref for name, ref in weights.items() if name in copies}
-    named_optimizers = unpartitioned.by_name(model, optimizers, dense, by_expert, layers)
-    parameters = storage_views.complete(model_with_experts, dict(named_optimizers.masters), None)
-    for name, owner in shared_names.items():
-        if owner in parameters.frozen and parameters.frozen.pop(name, None) is not None:
-            parameters.aliases[name] = owner
-    if named_optimizers.states.by_name is None:
-        parameters.notes.append(f"the optimizer's state is absent: {numbered_states.UNKNOWN}")
-
-    world_size = model.root.get("dp_world_size")
-    source = Joined(
-        kind=EXPERTS,
-        place=place,
-        model=model_with_experts,
-        module=model_with_experts.module,
-        parameters=parameters,
-        states=[model, *experts.states, *(optimizer.file for optimizer in optimizers)],
-        topology=SourceTopology(world_size if is_a(world_size, int) else len(optimizers), 0),
-    ).source()
-    return replace(
-        source, optimizer=replace(named_optimizers.states, aliases=source.weights.aliases).of
-    )
-
-
 def model_file(place: Place, files: FolderFiles) -> State:
     """The model file; ``CheckpointError`` where tensors are split up as well."""
+    model = first_model(place, files)
+    one_save.require_one_model_rank(place, files, model)
+    return model
+
+
+def first_model(place: Place, files: FolderFiles) -> State:
+    """The model file of the first model-parallel rank; ``CheckpointError`` without any."""
     if not files.models:
         raise CheckpointError(
             f"{place.folder} has no model file (expected mp_rank_00_model_states.pt); copy it "
@@ -136,9 +102,7 @@ def model_file(place: Place, files: FolderFiles) -> State:
             "incomplete",
         )
 
-    model = folder_files.read(next(iter(files.models.values())))
-    one_save.require_one_model_rank(place, files, model)
-    return model
+    return folder_files.read(files.models[min(files.models)])
 
 
 def optimizer_files(place: Place, files: FolderFiles, model: State) -> list[State]:
@@ -185,7 +149,7 @@ def _masters(
             "files are of two saves"
         )
 
-    is_block = model.setting("use_data_before_expert_parallelism") is True
+    is_block = expert_groups.is_block(model)
     masters: dict[str, TensorRef] = {}
     local_weights: LocalWeights = {}
     for group, group_shapes in zip(groups, shapes_by_group, strict=True):
@@ -201,7 +165,7 @@ def _masters(
     return masters, local_weights
 
 
-def _numbered(
+def numbered(
     model: State, local_weights: LocalWeights, copies: Mapping[str, TensorRef]
 ) -> dict[str, TensorRef]:
     """The fp32 weights of experts under their numbers over all ranks.

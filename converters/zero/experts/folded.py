@@ -15,33 +15,32 @@ the ranks that share them). Sources: DeepSpeed 0.19.8
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from converters.detect.deepspeed import EXPERTS
-from converters.source import Place, Source, SourceTopology
+from converters.source import Place, Source
 from converters.tensors import TensorRef
-from converters.zero import checkpoint as zero
-from converters.zero import optimizer_state, stage3
+from converters.zero import stage3
 from converters.zero.experts import (
     auto_ep,
     expert_files,
     expert_groups,
     folded_lanes,
+    lane_sources,
     sub_groups,
     whole_model,
+    whole_optimizers,
 )
 from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.experts.expert_files import ExpertFiles
 from converters.zero.experts.expert_groups import SharedGroup
-from converters.zero.experts.folded_lanes import Lane
+from converters.zero.experts.lanes import Lane, by_training_rank
 from converters.zero.files import state_files
-from converters.zero.files.state_files import Shape, State
+from converters.zero.files.state_files import State
 from converters.zero.model_ranks import one_save
 from converters.zero.model_ranks.folder_files import FolderFiles
-from converters.zero.model_ranks.joined_source import Joined
 from converters.zero.naming import storage_views
-from converters.zero.naming.assemble import Parameters
 from converters.zero.parallel import merged_source, rules
 from converters.zero.parallel.cut_table import CutTable
 
@@ -59,10 +58,13 @@ def read(place: Place, files: FolderFiles) -> Source:
         sources = _partitioned(place, lanes, layers)
     else:
         experts = expert_files.read(place, files, lanes[0].model)
-        sources = _flat(place, lanes, layers, experts)
+        if lanes[0].ranks:
+            sources = _flat(place, lanes, layers, experts)
+        else:
+            sources = whole_optimizers.lanes_of(place, lanes, experts)
 
     names = frozenset(name for layer in layers for name in layer.names)
-    table = CutTable.of(lanes[0].model, len(lanes), rules.current())
+    table = CutTable.of([lane.model for lane in lanes], rules.current())
     return merged_source.of_lanes(sources, replace(table, whole_names=names), EXPERTS)
 
 
@@ -75,23 +77,23 @@ def _flat(
     sources = []
     for number, lane in enumerate(lanes):
         own_experts = experts if number == 0 else ExpertFiles({}, ())
-        masters = _dense_weights(lane) | (stacks if number == 0 else {})
+        masters = lane_sources.dense_weights(lane) | (stacks if number == 0 else {})
         copies, prefixes = whole_model.copies_of(lane.model, layers, own_experts.tensors)
         model = whole_model.with_experts(lane.model, layers, copies, prefixes)
         shapes = state_files.shapes(lane.model, "param_shapes")
         parameters = storage_views.complete(model, masters, shapes)
         files = [*experts.states, *_ranks(lanes)] if number == 0 else lane.ranks
-        sources.append(_source(place, lane, model, parameters, files))
+        sources.append(lane_sources.of_lane(place, lane, model, parameters, files))
 
     return sources
 
 
 def _stacks(place: Place, lanes: Sequence[Lane], layers: Sequence[AutoEPLayer]) -> Weights:
     """The fp32 weights of all experts, from the optimizer files of all ranks."""
-    states = folded_lanes.by_training_rank([lane.ranks for lane in lanes])
+    states = by_training_rank([lane.ranks for lane in lanes])
     model = lanes[0].model
     local_weights: dict[tuple[str, int], TensorRef] = {}
-    for group, shapes in _with_shapes(model, expert_groups.matched_groups(states)):
+    for group, shapes in lane_sources.with_shapes(model, expert_groups.matched_groups(states)):
         if not group.name.has_experts:
             continue
         expert_groups.require_count(states[0], group)
@@ -129,38 +131,12 @@ def members(
     return [positions[position] for position in range(count)]
 
 
-def _dense_weights(lane: Lane) -> Weights:
-    """The fp32 weights of a lane that are no experts."""
-    masters: Weights = {}
-    members = range(len(lane.ranks))
-    for group, shapes in _with_shapes(lane.model, expert_groups.matched_groups(lane.ranks)):
-        if not group.name.has_experts:
-            expert_groups.require_count(lane.ranks[0], group)
-            masters |= expert_groups.flat_group(lane.ranks, group, members, shapes).masters()
-
-    return masters
-
-
-def _with_shapes(
-    model: State, groups: Sequence[SharedGroup]
-) -> list[tuple[SharedGroup, dict[str, Shape]]]:
-    """Each group with its part of ``param_shapes``,
-    which is in the order of the first file."""
-    shapes = state_files.shapes(model, "param_shapes") or []
-    if len(shapes) != len(groups):
-        raise model.fail(
-            f"param_shapes has {len(shapes)} groups, the optimizer {len(groups)}; the "
-            "files are of two saves"
-        )
-    return list(zip(groups, shapes, strict=True))
-
-
 def _partitioned(
     place: Place, lanes: Sequence[Lane], layers: Sequence[AutoEPLayer]
 ) -> list[Source]:
     """The lanes of stage 3; the first one has the experts of all."""
-    models = folded_lanes.by_training_rank([lane.models for lane in lanes])
-    states = folded_lanes.by_training_rank([lane.ranks for lane in lanes])
+    models = by_training_rank([lane.models for lane in lanes])
+    states = by_training_rank([lane.ranks for lane in lanes])
     masters_by_lane: list[Weights] = [{} for _ in lanes]
     local_weights: dict[tuple[str, int], TensorRef] = {}
     for weights in sub_groups.shared_weights(place, models, states):
@@ -185,7 +161,7 @@ def _partitioned(
         stacks = {name: ref for name, ref in masters.items() if _is_stack(layers, name)}
         model = whole_model.with_stacks(model, layers, stacks)
         files = [*lane.models[1:], *(_ranks(lanes) if number == 0 else lane.ranks)]
-        sources.append(_source(place, lane, model, parameters, files))
+        sources.append(lane_sources.of_lane(place, lane, model, parameters, files))
 
     return sources
 
@@ -197,35 +173,3 @@ def _is_stack(layers: Sequence[AutoEPLayer], name: str) -> bool:
 def _ranks(lanes: Sequence[Lane]) -> list[State]:
     """The optimizer files of all lanes."""
     return [state for lane in lanes for state in lane.ranks]
-
-
-def _source(
-    place: Place, lane: Lane, model: State, parameters: Parameters, files: Sequence[State]
-) -> Source:
-    """The shards of a lane as a checkpoint of its own.
-
-    ``model`` is its model file with what else is in ``parameters``; the tensors lie in
-    ``files`` besides.
-    """
-    stage = zero.stage_of(dict(enumerate(lane.ranks)))
-    if zero.excludes_frozen(stage, lane.model):
-        parameters.notes.append(zero.EXCLUDED)
-
-    def partitions() -> Iterator[optimizer_state.Partition]:
-        for rank, state in enumerate(files):
-            if state.root.get("optimizer_state_dict") is None:
-                continue
-            if stage == 3:
-                yield from optimizer_state.of_sub_groups(place.folder, rank, state)
-            else:
-                yield from optimizer_state.of_flat_groups(state)
-
-    return Joined(
-        kind=EXPERTS,
-        place=place,
-        model=model,
-        module=model.module,
-        parameters=parameters,
-        states=[lane.model, *files],
-        topology=SourceTopology(len(lane.ranks), stage),
-    ).source(partitions)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from converters.accessors import is_whole_number
 from converters.errors import readable
-from converters.source import Source
+from converters.source import Place, Source
 from converters.storage import open_files
 from converters.zero import reader
 from converters.zero.checkpoint import ExpertsError
 from converters.zero.files import several_models
+
+if TYPE_CHECKING:
+    from converters.zero.model_ranks.folder_files import FolderFiles
 
 
 @open_files.once()
@@ -43,13 +49,38 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     what is damaged or incomplete.
     """
     # which most checkpoints need not
-    from converters.zero.experts import flat_groups, folded, sub_groups
     from converters.zero.model_ranks import folder_files
 
     place = several_models.find(path, tag)
     with readable(place.folder, "a file is damaged or of another save"):
         files = folder_files.scan(place)
-        if len(files.model_ranks) > 1:
-            return folded.read(place, files)
-        read_files = sub_groups.read if files.partitioned else flat_groups.read
-        return read_files(place, files)
+        return _reader_of(place, files)(place, files)
+
+
+def _reader_of(place: Place, files: FolderFiles) -> Callable[[Place, FolderFiles], Source]:
+    """The reader of experts that are dealt out as these are.
+
+    ``CheckpointError`` if there is no model file.
+    """
+    # which most checkpoints need not
+    from converters.zero.experts import (
+        auto_ep,
+        flat_groups,
+        folded,
+        folded_lanes,
+        native_stages,
+        sub_groups,
+    )
+
+    if files.partitioned:
+        return folded.read if len(files.model_ranks) > 1 else sub_groups.read
+
+    model = flat_groups.first_model(place, files)
+    if isinstance(model.root.get(folded_lanes.KEY), dict):
+        return folded.read
+
+    saved_count = model.root.get("mp_world_size")
+    if files.model_ranks == [0] and not (is_whole_number(saved_count) and saved_count > 1):
+        return flat_groups.read
+    # of AutoEP only ``folding`` says which rank has which experts: its reader asks for it
+    return folded.read if model.root.get(auto_ep.KEY) else native_stages.read

@@ -65,13 +65,15 @@ class NamedOptimizers:
 
 
 def optimizers(place: Place, paths: Mapping[int, Path]) -> list[ExpertOptimizer]:
-    """Those of the expert ranks in order;
+    """Those of all expert ranks in order;
     ``CheckpointError`` for what keeps flat vectors."""
-    one_save.require_numbered(
-        place, "expp_rank_N_mp_rank_00_optim_states.pt", max(paths) + 1, paths
-    )
-    states = [folder_files.read(path) for _, path in sorted(paths.items())]
-    return [_optimizer(state) for state in states]
+    one_save.require_numbered(place, "expp_rank_N_mp_rank_*_optim_states.pt", max(paths) + 1, paths)
+    return of_paths(paths)
+
+
+def of_paths(paths: Mapping[int, Path]) -> list[ExpertOptimizer]:
+    """Those of some expert ranks, in their order."""
+    return [_optimizer(folder_files.read(path)) for _, path in sorted(paths.items())]
 
 
 def _optimizer(state: State) -> ExpertOptimizer:
@@ -93,47 +95,67 @@ def _optimizer(state: State) -> ExpertOptimizer:
     return ExpertOptimizer(state, optimizer.section("optimizer_state_dict"), groups)
 
 
-def by_name(
+def joined(first: NamedOptimizers, second: NamedOptimizers) -> NamedOptimizers:
+    """Both as one; without states where one of them has none by name."""
+    by_name = None
+    if first.states.by_name is not None and second.states.by_name is not None:
+        by_name = {**first.states.by_name, **second.states.by_name}
+    states = NumberedStates(first.states.folder, by_name, {})
+    return NamedOptimizers(states, {**first.masters, **second.masters})
+
+
+def of_dense(
+    folder: Path, optimizer_files: Sequence[ExpertOptimizer], dense: Parameters
+) -> NamedOptimizers:
+    """The states of what is no expert, which each of these optimizers has.
+
+    ``dense`` are the weights in the order of the model. ``CheckpointError`` where fp32
+    weights find no names.
+    """
+    states: dict[str, Mapping[Any, Any]] | None = {}
+    masters: dict[str, TensorRef] = {}
+    for optimizer in optimizer_files:
+        numbers = optimizer.groups(has_experts=False)
+        own_states = _states_in_order(optimizer, numbers, dense)
+        masters = {**_masters_in_order(optimizer, numbers, dense), **masters}
+        states = None if states is None or own_states is None else {**own_states, **states}
+
+    return NamedOptimizers(NumberedStates(folder, states, {}), masters)
+
+
+def of_experts(
     model: State,
     optimizer_files: Sequence[ExpertOptimizer],
-    dense: Parameters,
     experts: Parameters,
     layers: Sequence[AutoEPLayer],
 ) -> NamedOptimizers:
-    """The states that all optimizers keep, by name.
+    """The states of experts, each kept by the optimizers of one expert rank.
 
-    ``dense`` are the weights that all ranks share, ``experts`` the others by the names
-    that they have in the whole model, both in its order. ``layers`` are those of AutoEP.
-    ``CheckpointError`` where fp32 weights find no names.
+    ``experts`` are the weights by the names that they have in the whole model, in its
+    order; ``layers`` are those of AutoEP. ``CheckpointError`` as for ``of_dense``, and
+    where the file of an expert rank is missing.
     """
     _require_all(model, optimizer_files, experts, layers)
-    states: dict[str, Mapping[Any, Any]] = {}
-    masters: dict[str, TensorRef] = {}
     local_states: dict[tuple[str, int], Mapping[Any, Any]] = {}
     local_masters: dict[tuple[str, int], TensorRef] = {}
     is_known = True
 
     for rank, optimizer in enumerate(optimizer_files):
         own_experts = _own(model, experts, layers, rank, len(optimizer_files))
-        for has_experts, parameters in ((False, dense), (True, own_experts)):
-            numbers = optimizer.groups(has_experts)
-            group_states = _states_in_order(optimizer, numbers, parameters)
-            group_masters = _masters_in_order(optimizer, numbers, parameters)
-            is_known = is_known and group_states is not None
-            if layers and has_experts:
-                local_states |= {
-                    (name, rank): state for name, state in (group_states or {}).items()
-                }
-                local_masters |= {(name, rank): ref for name, ref in group_masters.items()}
-            else:
-                states = {**(group_states or {}), **states}
-                masters = {**group_masters, **masters}
+        numbers = optimizer.groups(has_experts=True)
+        own_states = _states_in_order(optimizer, numbers, own_experts)
+        own_masters = _masters_in_order(optimizer, numbers, own_experts)
+        is_known = is_known and own_states is not None
+        local_states |= {(name, rank): state for name, state in (own_states or {}).items()}
+        local_masters |= {(name, rank): master for name, master in own_masters.items()}
 
-    folder = model.path.parent
-    if layers and is_known:
-        states |= _stacked_states(model, layers, local_states)
-    masters |= auto_ep.whole_stacks(model, layers, local_masters)
-    return NamedOptimizers(NumberedStates(folder, states if is_known else None, {}), masters)
+    states = {name: state for (name, _), state in local_states.items()}
+    masters = {name: master for (name, _), master in local_masters.items()}
+    if layers:
+        states = _stacked_states(model, layers, local_states) if is_known else {}
+        masters = auto_ep.whole_stacks(model, layers, local_masters)
+    by_name = states if is_known else None
+    return NamedOptimizers(NumberedStates(model.path.parent, by_name, {}), masters)
 
 
 def _require_all(
@@ -176,7 +198,7 @@ def _stacked_states(
     model: State,
     layers: Sequence[AutoEPLayer],
     local_states: Mapping[tuple[str, int], Mapping[Any, Any]],
-) -> dict[str, dict[Any, Any]]:
+) -> dict[str, Mapping[Any, Any]]:
     """The states of stacked experts, from those of the expert ranks."""
     states: dict[str, dict[Any, Any]] = {}
     tensors_by_key: dict[Any, dict[tuple[str, int], TensorRef]] = {}
@@ -191,7 +213,7 @@ def _stacked_states(
         for name, tensor in auto_ep.whole_stacks(model, layers, tensors).items():
             states.setdefault(name, {})[key] = tensor
 
-    return states
+    return dict(states)
 
 
 def _states_in_order(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from converters.accessors import missing_numbers
 from converters.errors import CheckpointError
 from converters.storage import misplaced_files
 from converters.zero.files import discovery, state_files
@@ -73,8 +74,9 @@ def require_ranks(
     node_local: bool = False,
 ) -> None:
     """Raises ``CheckpointError`` unless there is a file for each rank, and no more."""
-    missing_ranks = sorted(set(range(rank_count)) - set(present_ranks))
-    surplus_ranks = sorted(set(present_ranks) - set(range(rank_count)))
+    numbers = set(present_ranks)
+    missing_ranks = missing_numbers(rank_count, numbers)
+    surplus_ranks = sorted(rank for rank in numbers if rank >= rank_count)
 
     if missing_ranks:
         origin = "the save"

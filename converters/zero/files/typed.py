@@ -42,6 +42,32 @@ def text(value: Any) -> str:
     return _full_repr.repr(value)
 
 
+def are_alike(first: Any, second: Any, budget: int = 1 << 20) -> bool:
+    """Whether two values of files are alike, dicts and lists through and through.
+
+    At most ``budget`` values are looked at, whatever a file nests; what is beyond them
+    is taken for alike.
+    """
+    pairs = [(first, second)]
+    while pairs and budget:
+        budget -= 1
+        value, expected_value = pairs.pop()
+        if value is expected_value:
+            continue
+        if isinstance(value, dict) and isinstance(expected_value, dict):
+            if value.keys() != expected_value.keys():
+                return False
+            pairs += [(inner, expected_value[key]) for key, inner in value.items()]
+        elif isinstance(value, (list, tuple)) and isinstance(expected_value, (list, tuple)):
+            if len(value) != len(expected_value):
+                return False
+            pairs += zip(value, expected_value, strict=True)
+        elif text(value) != text(expected_value):
+            return False
+
+    return True
+
+
 def expected(path: Path, label: str, value: Any, kind: type[_Kind]) -> _Kind:
     """``value`` if it is of this kind; ``CheckpointError`` says what it is instead."""
     if is_a(value, kind):

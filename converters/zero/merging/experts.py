@@ -17,6 +17,7 @@ from converters.tensors import Weights
 from converters.zero.experts import auto_ep, flat_groups, folded_lanes, reader, sub_groups
 from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.experts.expert_files import NATIVE
+from converters.zero.experts.lanes import Lane, by_training_rank
 from converters.zero.files import several_models
 from converters.zero.files.state_files import State
 from converters.zero.merging import expert_ranks, tensor_parallel, universal_entries, whole_groups
@@ -140,9 +141,9 @@ def _states(place: Place, files: FolderFiles, source: Source) -> ExpertStates:
 
     lane_count = len(files.model_ranks)
     if lane_count > 1:
-        lanes = folded_lanes.read(place, files)
-        models = folded_lanes.by_training_rank([lane.models for lane in lanes])
-        ranks = folded_lanes.by_training_rank([lane.ranks for lane in lanes])
+        lanes = _folded_lanes(place, files)
+        models = by_training_rank([lane.models for lane in lanes])
+        ranks = by_training_rank([lane.ranks for lane in lanes])
     elif files.partitioned:
         models, ranks = sub_groups.states_of(place, files)
     else:
@@ -150,6 +151,19 @@ def _states(place: Place, files: FolderFiles, source: Source) -> ExpertStates:
         ranks = flat_groups.optimizer_files(place, files, models[0])
     layers = tuple(auto_ep.layers_of(models[0]))
     return ExpertStates(place, tuple(models), tuple(ranks), layers, source.stage or 0, lane_count)
+
+
+def _folded_lanes(place: Place, files: FolderFiles) -> list[Lane]:
+    """AutoEP's experts on tensor-parallel ranks;
+    ``CheckpointError`` for those of DeepSpeed-MoE, and for experts in a pipeline."""
+    model = flat_groups.first_model(place, files) if not files.partitioned else None
+    if model is not None and not isinstance(model.root.get(folded_lanes.KEY), dict):
+        raise CheckpointError(
+            f"{place.folder} is of experts and of tensor or pipeline parallelism; its states are "
+            "not written for other ranks yet, and ckpt to-fp32 takes its weights",
+            "unsupported",
+        )
+    return folded_lanes.read(place, files)
 
 
 def _checkpoint(

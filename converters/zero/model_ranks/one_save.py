@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters.accessors import is_whole_number
-from converters.detect.deepspeed import LOAD_THERE
+from converters.accessors import is_whole_number, missing_numbers
 from converters.errors import CheckpointError
 from converters.source import Place
 from converters.storage import misplaced_files
@@ -28,11 +27,11 @@ def require_numbered(place: Place, label: str, count: int, numbers: Collection[i
 
     ``label`` says which files, with N for the number: "mp_rank_N_model_states.pt".
     """
-    missing_numbers = sorted(set(range(count)) - set(numbers))
-    surplus_numbers = sorted(set(numbers) - set(range(count)))
-    if missing_numbers:
+    absent_numbers = missing_numbers(count, numbers)
+    surplus_numbers = sorted(number for number in set(numbers) if number >= count)
+    if absent_numbers:
         raise CheckpointError(
-            f"{place.folder} lacks {label} for N = {all_ranks.rank_list(missing_numbers)}, "
+            f"{place.folder} lacks {label} for N = {all_ranks.rank_list(absent_numbers)}, "
             f"expected {count} of them; copy them here from the save"
             f"{misplaced_files.missing(place.folder)}",
             "incomplete",
@@ -48,18 +47,11 @@ def require_numbered(place: Place, label: str, count: int, numbers: Collection[i
 def require_one_model_rank(place: Place, files: FolderFiles, model: State) -> None:
     """Raises where experts lie on several model-parallel ranks, whose files may be lost."""
     count = model.root.get("mp_world_size")
-    if files.model_ranks != [0] or (is_whole_number(count) and count > 1):
-        raise experts_and_more(place)
-
-
-def experts_and_more(place: Place) -> CheckpointError:
-    """The error for experts on several model-parallel ranks,
-    where nothing says which is whose."""
-    return CheckpointError(
-        f"{place.folder} is of experts and of tensor or pipeline parallelism (mp_rank_01 and "
-        f"up); of both only AutoEP with AutoTP is merged: {LOAD_THERE}",
-        "unsupported",
-    )
+    saved_count = count if is_whole_number(count) else 1
+    if files.model_ranks != [0] or saved_count > 1:
+        label = "*mp_rank_N_model_states.pt"
+        require_numbered(place, label, max(saved_count, 1), files.model_ranks)
+        raise model.fail(f"is of one of {saved_count} model-parallel ranks")
 
 
 def require_same_step(models: Sequence[State]) -> None:

@@ -22,6 +22,7 @@ from converters.walks import dot, strides
 from converters.zero.files import state_files
 from converters.zero.parallel.cuts import Cut, Shape, ShardBox
 
+KEY = "affine_map"
 VERSION = 1
 
 
@@ -31,10 +32,10 @@ def params(info: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     ``where`` is the file, for errors. ``CheckpointError`` for a version that is not
     known.
     """
-    if not info.get("affine_map"):
+    if not info.get(KEY):
         return {}
 
-    affine_map = entry(info, "affine_map", dict)
+    affine_map = entry(info, KEY, dict)
     version = affine_map.get("version", VERSION)
     if not is_whole_number(version, 0) or version > VERSION:
         raise CheckpointError(

@@ -8,13 +8,14 @@ their shards, as a template of the file that ``--tp-rules`` takes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from converters import words
 from converters.errors import CheckpointError, MalformedError
 from converters.options import TP_RULES
+from converters.zero.files import typed
 from converters.zero.files.state_files import State
 from converters.zero.parallel import affine_map, cuts, patterns, shipped_rules
 from converters.zero.parallel.cuts import Cut, Shapes
@@ -43,12 +44,22 @@ class CutTable:
     unknown: dict[str, Shapes] = field(default_factory=dict)
 
     @staticmethod
-    def of(model: State, rank_count: int, rules: Rules | None) -> CutTable:
-        """The table of a checkpoint, by the model file of its first rank."""
-        info = model.root.get(INFO)
-        fields = info if isinstance(info, dict) else {}
+    def of(models: Sequence[State], rules: Rules | None) -> CutTable:
+        """The table of a checkpoint, by the model files of its tensor-parallel ranks.
+
+        ``CheckpointError`` where these say different things of how parameters are cut.
+        """
+        model, *others = models
+        fields = _recorded(model)
+        for other in others:
+            if not typed.are_alike(_of_cuts(fields), _of_cuts(_recorded(other))):
+                raise other.fail(
+                    f"its {INFO} does not cut parameters as that of {model.path.name} does; files "
+                    "of two saves are mixed"
+                )
+
         entries = affine_map.params(fields, str(model.path))
-        return CutTable(model, rank_count, fields, entries, rules)
+        return CutTable(model, len(models), fields, entries, rules)
 
     def cut_of(self, name: str, shapes: Shapes) -> Cut | None:
         """The cut of a parameter or buffer with shards of these shapes.
@@ -111,6 +122,17 @@ class CutTable:
             f"says how {len(self.unknown):,} of its parameters were cut; {template(texts)}",
             "unsupported",
         )
+
+
+def _recorded(model: State) -> Mapping[str, Any]:
+    """What a model file records of tensor parallelism."""
+    info = model.root.get(INFO)
+    return info if isinstance(info, dict) else {}
+
+
+def _of_cuts(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that say how parameters are cut, which all ranks write alike."""
+    return {key: info[key] for key in (*patterns.KEYS, affine_map.KEY) if key in info}
 
 
 def template(texts: Mapping[str, str]) -> str:

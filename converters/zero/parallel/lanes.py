@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from converters.accessors import is_whole_number
+from converters.accessors import is_whole_number, missing_numbers
 from converters.detect.deepspeed import LOAD_THERE
 from converters.errors import CheckpointError
 from converters.source import Place
@@ -47,7 +47,7 @@ def read(place: Place, require_all: bool) -> tuple[Checkpoint, ...]:
 
 
 def _require_numbered(place: Place, ranks: Sequence[int], count: int) -> None:
-    missing_ranks = sorted(set(range(count)) - set(ranks))
+    missing_ranks = missing_numbers(count, ranks)
     if missing_ranks:
         raise CheckpointError(
             f"{place.folder} was saved by {count} model-parallel ranks, but has no files of "

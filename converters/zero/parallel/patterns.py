@@ -34,6 +34,7 @@ ROWS = "parameter_with_row_parallelism_patterns"
 VOCABULARY = "vocabulary_parameter_patterns"
 WIDTHS = "sub_param_shard_widths"
 _LISTS = (REPLICATED, AVERAGED, TWO_PARTS, PARTS, ROWS, VOCABULARY)
+KEYS = (*_LISTS, WIDTHS)  # all that say how parameters are cut
 
 
 def are_there(info: Mapping[str, Any]) -> bool:

@@ -28,6 +28,6 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> TensorPa
 
 def _read(place: Place, require_all: bool) -> TensorParallelCheckpoint:
     checkpoints = lanes.read(place, require_all)
-    table = CutTable.of(checkpoints[0].model, len(checkpoints), rules.current())
+    table = CutTable.of([each.model for each in checkpoints], rules.current())
     sources = [lane_states.with_states(lane) for lane in checkpoints]
     return merged_source.of_lanes(sources, table, TENSOR_PARALLEL)

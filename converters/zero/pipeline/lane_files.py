@@ -19,9 +19,9 @@ from pathlib import Path
 
 from converters.accessors import is_whole_number
 from converters.detect import filenames
-from converters.detect.deepspeed import LOAD_THERE
 from converters.errors import CheckpointError
 from converters.source import Place
+from converters.storage import misplaced_files
 from converters.zero.files.state_files import State
 from converters.zero.model_ranks import folder_files, one_save
 from converters.zero.model_ranks.folder_files import FolderFiles
@@ -81,9 +81,10 @@ def _models(place: Place, files: FolderFiles) -> list[State]:
     one_save.require_same_step(models)
     if files.experts or any(model.root.get("num_experts") for model in models):
         raise CheckpointError(
-            f"{models[0].path} is of a pipeline with experts; merging both is not supported yet: "
-            f"{LOAD_THERE}",
-            "unsupported",
+            f"{models[0].path} is of a pipeline with experts, whose files "
+            "(layer_N_expert_*_model_states.pt) are missing; copy them here from the save"
+            f"{misplaced_files.missing(place.folder)}",
+            "incomplete",
         )
     return models
 

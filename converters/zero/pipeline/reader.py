@@ -39,8 +39,8 @@ def _merged(place: Place, lanes: Sequence[LaneFiles]) -> Source:
     from converters.zero.parallel.cut_table import CutTable
 
     sources = [stages.read(place, lane) for lane in lanes]
-    first_model = next(iter(lanes[0].models.values()))
-    table = CutTable.of(first_model, len(lanes), rules.current())
+    first_models = [next(iter(lane.models.values())) for lane in lanes]
+    table = CutTable.of(first_models, rules.current())
     if not lanes[0].optimizers:
         # without ZeRO tied modules go by the number of their layer, as no pattern calls
         # them

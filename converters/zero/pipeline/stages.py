@@ -16,7 +16,7 @@ the layer. Sources: DeepSpeed 0.19.8 ``runtime/pipe/module.py`` (``_build``,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 
@@ -62,15 +62,16 @@ class PipelineCheckpoint(Source):
     homes: tuple[tied_modules.Home, ...]
 
 
-def read(place: Place, lane: LaneFiles) -> Source:
+def read(place: Place, lane: LaneFiles, elsewhere: Collection[str] = ()) -> Source:
     """The weights of all stages by layer, and the optimizer's state by their names.
 
+    ``elsewhere`` are the keys of tied modules that further stages have.
     ``CheckpointError`` for what is damaged or incomplete.
     """
     models = list(lane.models.values())
     layers = lane.layers
     if lane.optimizers:
-        return _with_zero(place, _stages(place, lane), layers)
+        return _with_zero(place, _stages(place, lane), layers, elsewhere)
     if zero.has_partitions(models[0]) or models[0].root.get("optimizer") is None:
         raise zero.no_optimizer_files(place)
 
@@ -90,10 +91,12 @@ def read(place: Place, lane: LaneFiles) -> Source:
     return replace(source, optimizer=numbered_states.of)
 
 
-def _with_zero(place: Place, stages: Sequence[Stage], layers: Layers) -> PipelineCheckpoint:
+def _with_zero(
+    place: Place, stages: Sequence[Stage], layers: Layers, elsewhere: Collection[str]
+) -> PipelineCheckpoint:
     """The weights from the partitions of each stage."""
     masters_by_stage = [_masters(stage) for stage in stages]
-    homes = tied_modules.homes(place.folder, masters_by_stage, layers)
+    homes = tied_modules.homes(place.folder, masters_by_stage, layers, elsewhere)
     parameters, module = _named_parameters(stages, masters_by_stage, layers, homes)
     ranks = [rank for stage in stages for rank in stage.ranks]
     models = [stage.model for stage in stages]

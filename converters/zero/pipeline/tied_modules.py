@@ -15,7 +15,7 @@ the first of several. Source: DeepSpeed 0.19.8 ``runtime/pipe/module.py``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -62,10 +62,12 @@ def homes(
     folder: Path,
     masters_by_stage: Sequence[Mapping[str, TensorRef]],
     layers: Mapping[int, State],
+    elsewhere: Collection[str] = (),
 ) -> list[Home]:
     """Every tied module with the copy that is the model's.
 
-    ``CheckpointError`` where no layer file has the module, or none of its copies.
+    ``CheckpointError`` where no layer file has the module, or none of its copies. Those
+    with keys in ``elsewhere`` need none: what was read already has them.
     """
     copies_by_key, numbered = _copies(masters_by_stage)
     unnumbered_layers = {
@@ -77,7 +79,13 @@ def homes(
         candidates = {
             layer: state for layer, state in unnumbered_layers.items() if layer not in taken_layers
         }
-        result.append(_home(folder, key, copies, candidates))
+        fitting_layers = {
+            layer: state
+            for layer, state in candidates.items()
+            if all(_fits(state, copy) for copy in copies.values())
+        }
+        if fitting_layers or key not in elsewhere:
+            result.append(_home(folder, key, copies, fitting_layers))
 
     return result
 
@@ -100,13 +108,8 @@ def _copies(
     return copies_by_key, numbered
 
 
-def _home(folder: Path, key: str, copies: Copies, candidates: Mapping[int, State]) -> Home:
-    """The layer and the copy of one module."""
-    fitting_layers = {
-        layer: state
-        for layer, state in candidates.items()
-        if all(_fits(state, copy) for copy in copies.values())
-    }
+def _home(folder: Path, key: str, copies: Copies, fitting_layers: Mapping[int, State]) -> Home:
+    """The layer and the copy of one module, which the files of these layers may have."""
     if not fitting_layers:
         raise CheckpointError(
             f"{folder} has no layer file with the tied module {key} "

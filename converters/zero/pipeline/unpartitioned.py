@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import words
+from converters.accessors import missing_numbers
 from converters.detect.deepspeed import LOAD_THERE
 from converters.errors import CheckpointError
 from converters.tensors import TensorRef
@@ -174,7 +175,7 @@ def _notes(layers: Mapping[int, State], states: NumberedStates) -> list[str]:
         "an fp32 pipeline without ZeRO: only the layer files hold the weights, so they were "
         "compared with nothing; tied modules go by the number of their layer"
     ]
-    gaps = sorted(set(range(max(layers, default=0))) - layers.keys())
+    gaps = missing_numbers(max(layers, default=0), layers)
     if gaps:
         notes.append(
             f"no file of layer {words.numbers(gaps)}: functions and repeated tied modules have "

@@ -132,7 +132,7 @@ def _merged(
     if len(lanes) == 1:
         return shapes_by_lane[0], dict(lanes[0].module) if _has_module(lanes[0]) else {}
 
-    table = CutTable.of(lanes[0], len(lanes), rules.current())
+    table = CutTable.of(lanes, rules.current())
     whole_groups: list[dict[str, Shape]] = []
     for groups in zip(*shapes_by_lane, strict=True):
         names = dict.fromkeys(name for group in groups for name in group)

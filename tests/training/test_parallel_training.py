@@ -17,6 +17,7 @@ from parallel_runs import require_run
 from test_reshard_training import REDUCTION_ORDER
 
 from ckpt.rewrite import reshard, universal
+from ckpt.runs.run import Run
 
 WORKER = "tests/workers/parallel_worker.py"
 STEPS = 2  # of a part of a training
@@ -53,6 +54,14 @@ class Trainings:
     def universal(self, source: str, name: str) -> str:
         universal.execute(universal.plan_to(self.folder / source, output=self.folder / name))
         return name
+
+
+def topology_in(run: Path) -> dict[str, Any]:
+    """What the manifest of the only checkpoint of a run says of its ranks."""
+    (checkpoint,) = Run(run).checkpoints()
+    assert checkpoint.manifest is not None
+    topology: dict[str, Any] = checkpoint.manifest.progress["settings"]["topology"]
+    return topology
 
 
 Degrees = dict[str, int]
@@ -98,6 +107,9 @@ def test_training_goes_on_with_zero_alone_and_with_any_degrees(
         {**job, "name": "resumed", "resume": str(run)},
     )
     require_run(run, tmp_path / "half")
+    topology = topology_in(run)
+    recorded = [topology.get(f"{kind}_parallel", 1) for kind in ("tensor", "pipeline")]
+    assert recorded == [degrees.get("tp", 1), degrees.get("pp", 1)]
     assert trainings.losses("resumed") == trainings.losses("whole")[STEPS:]
     folder = trainings.universal("half", "universal")
     jobs: list[dict[str, Any]] = []

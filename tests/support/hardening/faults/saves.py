@@ -32,6 +32,7 @@ import ending  # noqa: E402
 import extensions  # noqa: E402
 import warm_ranks  # noqa: E402
 from faults import faults  # noqa: E402
+
 from hardening.notes import Notes, read  # noqa: E402
 
 TRAININGS = ("zero", "tensor", "pipeline", "experts")

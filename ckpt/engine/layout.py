@@ -55,6 +55,18 @@ class Topology:
         without_zero = self.stage == target.stage == 0
         return (is_same_zero or without_zero) and self.degrees.go_with(target.degrees)
 
+    @property
+    def loads_parts(self) -> bool:
+        """Whether an engine goes on from the files of its own node alone.
+
+        DeepSpeed 0.19.8 wants the model files of all model-parallel ranks in one folder
+        (``runtime/state_dict_factory.py``, ``check_ckpt_list``), and below stage 3 the
+        first rank alone writes that of experts (``runtime/engine.py``,
+        ``_save_moe_checkpoint``).
+        """
+        is_cut = self.degrees.tensor_ranks * self.degrees.stages > 1
+        return not is_cut and (self.stage == 3 or not self.degrees.expert_ranks)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:

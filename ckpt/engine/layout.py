@@ -87,7 +87,7 @@ class Layout:
     def of_engine(cls, engine: EngineView, world: int) -> Layout:
         """The layout of a DeepSpeed engine on ``world`` ranks."""
         stage = int(engine.zero_optimization_stage())
-        topology = Topology(stage, world, _degrees_of(engine))
+        topology = Topology(stage, world, degrees_of(engine))
         cuts = getattr(engine.module, _CUTS, None)
         settings = _stage3(engine) if topology.stage == 3 else {}
         return cls(topology, settings, cuts if isinstance(cuts, dict) else None)
@@ -133,8 +133,8 @@ class Layout:
         return settings
 
 
-def _degrees_of(engine: EngineView) -> Degrees:
-    """The degrees of DeepSpeed's engine."""
+def degrees_of(engine: EngineView) -> Degrees:
+    """The degrees of DeepSpeed's engine, beside ZeRO."""
     grid = getattr(engine, "grid", None)
     stages = int(grid.get_pipe_parallel_world_size()) if grid is not None else 1
     names = {

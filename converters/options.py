@@ -11,7 +11,7 @@ commands to everyone, and plain text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -63,6 +63,20 @@ def of_functions(arguments: Mapping[str, str]) -> Spelling:
             return argument
         is_placeholder = value.isalpha() and value.isupper()
         return f"{argument}{value}" if is_placeholder else f'{argument}"{value}"'
+
+    return spell
+
+
+def of_command(own_values: Mapping[str, Collection[str]]) -> Spelling:
+    """The spelling of a command that has few options; others are named with theirs.
+
+    ``own_values``: the values that an option takes, by its name.
+    """
+
+    def spell(option: Option, value: str) -> str:
+        flag = of_commands(option, value)
+        is_own = option.name in own_values and value in ("", *own_values[option.name])
+        return flag if is_own else f"ckpt {option.command} {flag}"
 
     return spell
 

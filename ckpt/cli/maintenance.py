@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ckpt.runs.upkeep.slim import Slimming
 
 
+_OPTIONS_OF_SLIM = {"dtype": ("fp32",), "names": ("reader", "hf"), "force": ()}
+
+
 @click.command(cls=Command, short_help="Keep the weights of a checkpoint, and remove its states.")
 @LOCAL_CHECKPOINT
 @dry_run_option("Say what would be removed, and remove nothing.")
@@ -32,11 +35,24 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32"]),
+    type=click.Choice(_OPTIONS_OF_SLIM["dtype"]),
     help="Keep fp32 weights, made of the states, in place of the 16-bit ones.",
 )
+@click.option(
+    "--names",
+    type=click.Choice(_OPTIONS_OF_SLIM["names"]),
+    help="With --dtype: the names that the model's reader knows (default), or those of "
+    "transformers for the names of a pipeline, of Megatron or of AutoEP.",
+)
 @JSON
-def slim(checkpoint: Path, dry_run: bool, force: bool, dtype: str | None, as_json: bool) -> None:
+def slim(
+    checkpoint: Path,
+    dry_run: bool,
+    force: bool,
+    dtype: str | None,
+    names: str | None,
+    as_json: bool,
+) -> None:
     """Keep the weights of a checkpoint, and remove its states.
 
     The weights beside DeepSpeed's files are proven first: they have every name and shape
@@ -51,11 +67,19 @@ def slim(checkpoint: Path, dry_run: bool, force: bool, dtype: str | None, as_jso
     ckpt slim out/checkpoint-500 --dtype fp32
     """
     from ckpt.runs import user_paths
+    from converters import options
+
+    if names is not None and dtype is None:
+        raise click.UsageError("--names is for the weights that --dtype fp32 makes; add it.")
 
     run_checkpoint = user_paths.checkpoint_at(checkpoint, "ckpt slim")
     user_paths.require_deepspeed(run_checkpoint)
-    work = _slim_to_fp32(run_checkpoint, force) if dtype else _slim(run_checkpoint, force)
-    planned.run(work, dry_run=dry_run, as_json=as_json)
+    with options.using(options.of_command(_OPTIONS_OF_SLIM), overrides=True):
+        if dtype is None:
+            work = _slim(run_checkpoint, force)
+        else:
+            work = _slim_to_fp32(run_checkpoint, force, names or "reader")
+        planned.run(work, dry_run=dry_run, as_json=as_json)
 
 
 def _slim(checkpoint: RunCheckpoint, force: bool) -> Planned:
@@ -71,10 +95,10 @@ def _slim(checkpoint: RunCheckpoint, force: bool) -> Planned:
     return Planned(preview=lambda: _slimmed(slimming_plan, dry_run=True), execute=execute)
 
 
-def _slim_to_fp32(checkpoint: RunCheckpoint, force: bool) -> Planned:
+def _slim_to_fp32(checkpoint: RunCheckpoint, force: bool, names: str) -> Planned:
     from ckpt.weights.conversion import fp32_slimming
 
-    plan = fp32_slimming.plan(checkpoint, force)
+    plan = fp32_slimming.plan(checkpoint, force, names)
 
     def execute(progress: Progress) -> Output:
         fp32_slimming.execute(plan, progress)

@@ -57,6 +57,18 @@ class Topology:
         without_zero = self.stage == target.stage == 0
         return (is_same_zero or without_zero) and self.degrees.go_with(target.degrees)
 
+    @property
+    def loads_parts(self) -> bool:
+        """Whether an engine goes on from the files of its own node alone.
+
+        DeepSpeed 0.19.8 wants the model files of all model-parallel ranks in one folder
+        (``runtime/state_dict_factory.py``, ``check_ckpt_list``), and below stage 3 the
+        first rank alone writes that of experts (``runtime/engine.py``,
+        ``_save_moe_checkpoint``).
+        """
+        is_cut = self.degrees.tensor_ranks * self.degrees.stages > 1
+        return not is_cut and (self.stage == 3 or not self.degrees.expert_ranks)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -79,7 +91,7 @@ class Layout:
     def of_engine(cls, engine: EngineView, world: int) -> Layout:
         """The layout of a DeepSpeed engine on ``world`` ranks."""
         stage = int(engine.zero_optimization_stage())
-        topology = Topology(stage, world, _degrees_of(engine))
+        topology = Topology(stage, world, degrees_of(engine))
         cuts = getattr(engine.module, _CUTS, None)
         settings = _stage3(engine) if topology.stage == 3 else {}
         own_cuts = cuts if isinstance(cuts, dict) else None
@@ -128,8 +140,8 @@ class Layout:
         return settings
 
 
-def _degrees_of(engine: EngineView) -> Degrees:
-    """The degrees of DeepSpeed's engine."""
+def degrees_of(engine: EngineView) -> Degrees:
+    """The degrees of DeepSpeed's engine, beside ZeRO."""
     grid = getattr(engine, "grid", None)
     stages = int(grid.get_pipe_parallel_world_size()) if grid is not None else 1
     names = {

@@ -185,7 +185,7 @@ def _topology(engine: EngineView) -> dict[str, Any]:
     topology = {
         "world_size": world_size,
         "zero_stage": int(engine.zero_optimization_stage()),
-        "tensor_parallel": _size("_get_model_parallel_world_size"),
+        "tensor_parallel": _tensor_ranks(engine),
         "sequence_parallel": _size("_get_sequence_parallel_world_size"),
         "pipeline_parallel": _pipeline(engine),
         "expert_parallel": _experts(engine.module),
@@ -200,6 +200,16 @@ def _size(name: str) -> int | None:
     with suppress(Exception):  # a group that this version or training does not have
         return int(getter()) if getter else None
     return None
+
+
+def _tensor_ranks(engine: EngineView) -> int | None:
+    model_ranks = _size("_get_model_parallel_world_size")
+    stages = _pipeline(engine)
+    if model_ranks is None or stages is None:
+        return model_ranks
+    # of a pipeline DeepSpeed counts the ranks of all stages (runtime/pipe/topology.py,
+    # ds_model_world_size)
+    return max(model_ranks // stages, 1)
 
 
 def _pipeline(engine: EngineView) -> int | None:

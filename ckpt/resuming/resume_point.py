@@ -19,11 +19,13 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import RunCheckpoint, bytes_under
 from ckpt.state import plain, rank_files, rng
 from converters import detect
+from converters.accessors import is_whole_number
 from converters.detect import sharded
 from converters.detect.kind import DEEPSPEED
 from converters.errors import CheckpointError
 from converters.source import Place
 from converters.zero.merging import saved_degrees
+from converters.zero.merging.saved_degrees import Degrees
 
 log = logging.getLogger("ckpt")
 NO_RANDOM_STATES = "it has no random states of this rank"
@@ -107,11 +109,10 @@ class ResumePoint:
         tag = _tag_of(folder, manifest)
         data = (folder / filenames.MANIFEST).read_bytes()
         digest = sha256(data).hexdigest()[:12]
-        topology = Topology(
-            manifest.stage or 0,
-            manifest.world_size,
-            saved_degrees.of_place(Place(folder, folder / tag, tag)),
-        )
+        degrees = _recorded_degrees(manifest)
+        if manifest.nodes == 1:
+            degrees = saved_degrees.of_place(Place(folder, folder / tag, tag))
+        topology = Topology(manifest.stage or 0, manifest.world_size, degrees)
         record = (manifest.progress, manifest.metrics, manifest)
 
         return cls(folder, tag, manifest.step, topology, digest, *record)
@@ -133,6 +134,17 @@ class ResumePoint:
         folder = zero_checkpoint.place.folder
         choice = run_checkpoint.folder
         return cls(folder.parent, folder.name, step, topology, choice=choice)
+
+
+def _recorded_degrees(manifest: Manifest) -> Degrees:
+    """The degrees by the settings of the training: a node's part of a checkpoint lacks
+    files of other ranks, so that its files do not say them."""
+    settings = (manifest.progress or {}).get("settings")
+    topology = settings.get("topology") if isinstance(settings, Mapping) else None
+    values = topology if isinstance(topology, Mapping) else {}
+    counts = [values.get(f"{kind}_parallel") for kind in ("tensor", "pipeline")]
+    tensor_ranks, stages = (count if is_whole_number(count, 1) else 1 for count in counts)
+    return Degrees(tensor_ranks, stages, expert_ranks=None)
 
 
 def _tag_of(folder: Path, manifest: Manifest) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.distributed.ranks import RankGroup
+from ckpt.engine.layout import Layout
 from ckpt.engine.state_size import predicted, script_bytes
 from ckpt.engine.view import EngineView, require_model_files
 from ckpt.runs import pruning
@@ -92,6 +93,13 @@ def check(ranks: RankGroup, nodes: Nodes, run: Path, contents: SaveContents) -> 
     if nodes.commits:
         for lack in place.lacks():
             log.warning("%s: this filesystem %s", run, lack)
+        topologies = (Layout.of_engine(each, ranks.world).topology for each in contents.engines)
+        if nodes.parts > 1 and not all(topology.loads_parts for topology in topologies):
+            log.warning(
+                "%s: DeepSpeed does not go on from a node's part of what this training saves; "
+                "before a resume join the parts with ckpt collect, and give each node all of it",
+                run,
+            )
 
     save_bytes = folder_bytes(ranks, nodes, reports.heard, contents.weight_bytes)
     with ranks.step():

@@ -14,6 +14,7 @@ PIPELINE = "deepspeed-pipeline"
 EXPERTS = "deepspeed-experts"
 # of more than ZeRO: no engine of ZeRO alone loads them as they are
 PARALLEL = (TENSOR_PARALLEL, PIPELINE, EXPERTS)
+NATIVE = ("deepspeed", *PARALLEL)  # the files that engines save and load
 LOAD_THERE = (
     "load it with DeepSpeed in the training that wrote it, on as many ranks, and save "
     "the weights there"

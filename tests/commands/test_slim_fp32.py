@@ -13,7 +13,7 @@ import torch
 from faults import faults
 from faults.forks import Forks
 from oracles import FIXTURES, run
-from run_folders import real
+from run_folders import commit, real
 from safetensors.torch import load_file
 
 from ckpt.folders import filenames, locks
@@ -92,6 +92,31 @@ def test_where_no_weights_lie_slim_says_what_makes_them(
     assert "--dtype fp32 makes fp32 weights of the states first" in capsys.readouterr().err
     run("slim", folder, "--dtype", "fp32")
     require_fp32(folder)
+
+
+def test_experts_of_autoep_are_slimmed_under_the_names_of_their_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their own no class loads; what slim has no option for is named with to-fp32."""
+    source = FIXTURES / "pipelines-and-experts/autoep-zero2-logits"
+    folder = tmp_path / "run/checkpoint-1"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("live*"))
+    (tag_folder,) = folder.glob("global_step*")
+    commit(folder, 1, tag=tag_folder.name)
+    forced = ("slim", folder, "--force")
+
+    run(*forced, "--dtype", "fp32", code=1)
+    message = capsys.readouterr().err
+    assert "--names hf gives those of the model" in message
+    assert "ckpt to-fp32 --strip" in message and "to-fp32 --names as-stored" in message
+    run(*forced, "--names", "hf", code=2)
+    run(*forced, "--dtype", "fp32", "--names", "hf")
+    run("to-fp32", source, "-o", tmp_path / "model", "--names", "hf")
+    slimmed, converted = (
+        load_file(path / "model.safetensors") for path in (folder, tmp_path / "model")
+    )
+    assert slimmed.keys() == converted.keys() and not list(folder.glob("global_step*"))
+    assert all(torch.equal(slimmed[name], converted[name]) for name in converted)
 
 
 def test_what_is_read_or_needed_yet_is_left_alone(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from closed_paths import close
 from oracles import FIXTURES, ROOT, run
 from run_folders import real, small
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from stock_checkpoints import (
     accelerates,
     dcp,
@@ -31,6 +31,7 @@ from stock_checkpoints import (
 
 import ckpt
 from ckpt.runs.foreign import liveness
+from ckpt.runs.run import Run
 from ckpt.runs.states import checksums, listing
 from ckpt.runs.states.status import statuses_of
 from converters.storage import file_part
@@ -404,6 +405,31 @@ def test_now_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run("doctor", tmp_path, "--now", code=2)
 
 
+@pytest.mark.parametrize("name", ["pp_z1bf", "moe_s2", "tp_z2_w4"])
+def test_more_parallelism_than_zero_is_adopted_and_its_weights_are_compared(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(FIXTURES / "corpus" / name, folder, ignore=shutil.ignore_patterns("live*"))
+    run("to-fp32", folder, "-o", tmp_path / "model", "--dtype", "bf16", "--names", "as-stored")
+    shutil.copy(tmp_path / "model/model.safetensors", folder)
+    run("verify", folder, "--data")
+    same = "in model.safetensors are those of the states"
+    assert same in capsys.readouterr().out
+    run("doctor", tmp_path, "--adopt", "--now")
+    run("verify", folder, "--data")
+    assert same in capsys.readouterr().out
+
+    tensors = load_file(folder / "model.safetensors")
+    changed = {key: tensor + 1 for key, tensor in tensors.items()}
+    (folder / "manifest.json").unlink()
+    save_file(changed, folder / "model.safetensors")
+    run("verify", folder, "--data", code=1)
+    run("doctor", tmp_path, "--adopt", "--now", code=1)
+    said = capsys.readouterr()
+    assert "the weights are of another step" in said.out and not Run(tmp_path).newest()
+
+
 def test_what_cannot_be_adopted_is_a_note_and_no_failure(
     tmp_path: Path, printed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -413,13 +439,14 @@ def test_what_cannot_be_adopted_is_a_note_and_no_failure(
     stock(tmp_path, 8)
     run("doctor", tmp_path, "--adopt", "--dry-run")
     said = capsys.readouterr()
-    assert said.out == f"would adopt\t{tmp_path / 'checkpoint-8'}\n"
-    note, unproven = said.err.splitlines()
-    assert "3 checkpoints are complete, written by DeepSpeed (parallel), Lightning, the" in note
+    adoptable = (tmp_path / "checkpoint-6", tmp_path / "checkpoint-8")
+    assert said.out == "".join(f"would adopt\t{path}\n" for path in adoptable)
+    note, _, unproven = said.err.splitlines()
+    assert "2 checkpoints are complete, written by Lightning, the Trainer" in note
     assert "they are not of a kind that is committed, so that ckpt doctor --adopt" in note
     assert "had no checksum and would be taken as they are (model.safetensors, " in unproven
     entries = printed("doctor", tmp_path, "--adopt", "--dry-run")["checkpoints"]
-    assert [entry["adopted"] for entry in entries] == [False, False, False, True]
+    assert [entry["adopted"] for entry in entries] == [False, False, True, True]
     assert {entry["state"] for entry in entries} == {"complete"}
 
     (tmp_path / "checkpoint-8/latest").unlink()

@@ -7,16 +7,19 @@ the source, bit for bit. ``ckpt.Saver`` saves the source too, and ``ckpt.resume`
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hardening.degrees import values_of
-from oracles import torchrun
+from oracles import torchrun, torchruns
 from parallel_runs import require_run
 from test_reshard_training import REDUCTION_ORDER
 
 from ckpt.rewrite import reshard, universal
+from ckpt.runs.run import Run
+from ckpt.runs.upkeep import collect
 
 WORKER = "tests/workers/parallel_worker.py"
 STEPS = 2  # of a part of a training
@@ -28,7 +31,8 @@ class Trainings:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def run(self, ranks: int, *jobs: dict[str, Any]) -> None:
+    def run(self, ranks: int, *jobs: dict[str, Any], nodes: bool = False) -> None:
+        """Trains the jobs one after the other; with ``nodes`` each of two ranks is one."""
         path = self.folder / f"jobs-{len(list(self.folder.iterdir()))}.json"
         named = []
         for job in jobs:
@@ -38,7 +42,10 @@ class Trainings:
                 places["again"] = str(self.folder / f"{job['name']}-again")
             named.append({"steps": STEPS, **job, **places})
         path.write_text(json.dumps(named))
-        torchrun(WORKER, path, ranks=ranks, limit=600)
+        if nodes:
+            torchruns(WORKER, path, limit=600)
+        else:
+            torchrun(WORKER, path, ranks=ranks, limit=600)
 
     def losses(self, name: str) -> list[float]:
         found: list[float] = json.loads((self.folder / name / "losses.json").read_text())
@@ -53,6 +60,14 @@ class Trainings:
     def universal(self, source: str, name: str) -> str:
         universal.execute(universal.plan_to(self.folder / source, output=self.folder / name))
         return name
+
+
+def topology_in(run: Path) -> dict[str, Any]:
+    """What the manifest of the only checkpoint of a run says of its ranks."""
+    (checkpoint,) = Run(run).checkpoints()
+    assert checkpoint.manifest is not None
+    topology: dict[str, Any] = checkpoint.manifest.progress["settings"]["topology"]
+    return topology
 
 
 Degrees = dict[str, int]
@@ -90,6 +105,25 @@ def native_stages(trainings: Trainings) -> list[dict[str, Any]]:
     return jobs
 
 
+def test_parts_of_nodes_are_joined_before_a_training_goes_on(tmp_path: Path) -> None:
+    """DeepSpeed loads no part of a model-parallel training without the others."""
+    trainings = Trainings(tmp_path)
+    run = str(tmp_path / "node{node}/run")
+    job = {"model": "fused", "tp": 2, "stage": 2, "local": True}
+    refused = "is the part of node 0 of 2, and of a training with tensor parallelism"
+    saved = {**job, "name": "whole", "steps": 2 * STEPS, "half": f"{tmp_path}/half", "run": run}
+    trainings.run(2, saved, {**job, "name": "part", "resume": run, "refused": refused}, nodes=True)
+
+    checkpoints = [tmp_path / f"node{node}/run/checkpoint-{STEPS}" for node in (0, 1)]
+    whole = tmp_path / "whole-run" / checkpoints[0].name
+    collect.execute(collect.plan(checkpoints, whole))
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint)
+        shutil.copytree(whole, checkpoint)
+    trainings.run(2, {**job, "name": "resumed", "resume": run}, nodes=True)
+    assert trainings.losses("resumed") == trainings.losses("whole")[STEPS:]
+
+
 @pytest.mark.parametrize(
     ("model", "degrees", "stage", "others"),
     [
@@ -111,12 +145,18 @@ def test_training_goes_on_with_zero_alone_and_with_any_degrees(
     trainings = Trainings(tmp_path)
     job = {"model": model, **degrees, "stage": stage}
     half, run = str(tmp_path / "half"), tmp_path / "run"
+    missing_file = "that of this rank's model-parallel rank would be in no checkpoint"
+    other_run = str(tmp_path / "other-run")
     trainings.run(
         2,
         {**job, "name": "whole", "steps": 2 * STEPS, "half": half, "run": str(run)},
         {**job, "name": "resumed", "resume": str(run)},
+        {**job, "name": "local", "local": True, "run": other_run, "refused": missing_file},
     )
     require_run(run, tmp_path / "half")
+    topology = topology_in(run)
+    recorded = [topology.get(f"{kind}_parallel", 1) for kind in ("tensor", "pipeline")]
+    assert recorded == [degrees.get("tp", 1), degrees.get("pp", 1)]
     assert trainings.losses("resumed") == trainings.losses("whole")[STEPS:]
     folder = trainings.universal("half", "universal")
     jobs: list[dict[str, Any]] = []

@@ -7,7 +7,7 @@ experts_worker.py JOBS   each {"model", "out", "stage", "sizes"} and perhaps
     "again"    where it is saved as soon as it is loaded
     "half"     where it is saved after half of its steps
     "seed"     of its first weights
-    "steps"    how many it trains at a time
+    "steps"    how many it trains, in two halves where it is saved between them
     "run"      where ckpt.Saver saves it after half of its steps, as parallel_worker does
     "resume"   the run that it goes on from by ckpt.resume
 
@@ -156,7 +156,7 @@ def losses_of(engine: Any, job: dict[str, Any]) -> list[float]:
     replica, losses = rank // degree, []
     micro = GLOBAL_BATCH // (world // degree)
     first = engine.global_steps
-    for step in range(first, first + job.get("steps", STEPS)):
+    for step in range(first, first + job["steps"]):
         generator = torch.Generator().manual_seed(step)
         batch = torch.randint(16, (GLOBAL_BATCH, 6), generator=generator)
         loss = loss_of(engine, job, batch[replica * micro : (replica + 1) * micro])
@@ -170,11 +170,13 @@ def losses_of(engine: Any, job: dict[str, Any]) -> list[float]:
 
 def train(job: dict[str, Any]) -> None:
     engine, out = engine_of(job), Path(job["out"])
+    job.setdefault("steps", 2 * STEPS if "half" in job else STEPS)
     if "source" in job:
         load(engine, job)
         engine.save_checkpoint(job["again"])
     losses: list[float] = []
     if "half" in job:
+        job["steps"] //= 2
         losses += losses_of(engine, job)
         engine.save_checkpoint(job["half"])
     if "run" in job:

@@ -10,6 +10,8 @@ parallel_worker.py JOBS   each {"model", "out", "stage", "steps"} and perhaps
     "seed"       of its first weights
     "run"        where ckpt.Saver saves it then, too; live weights go to RUN-fp32
     "resume"     the run that it goes on from by ckpt.resume
+    "local"      nodes have folders of their own; {node} in "run" and "resume" is this one's
+    "refused"    what the error of ckpt.resume says, or that of ckpt.Saver; nothing is trained
 
 Trains on the same global batches whatever the ranks, saves to OUT and writes OUT/losses.json.
 """
@@ -17,6 +19,7 @@ Trains on the same global batches whatever the ranks, saves to OUT and writes OU
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +148,8 @@ def config_of(job: dict[str, Any]) -> dict[str, Any]:
         config["tensor_parallel"] = {"autotp_size": job["tp"], **partitioning}
     if job.get("universal"):
         config["checkpoint"] = {"load_universal": True}
+    if job.get("local"):
+        config["checkpoint"] = {"use_node_local_storage": True}
     return config
 
 
@@ -216,9 +221,24 @@ def save_all(engine: Any, run: str) -> None:
             torch.save(state, f"{run}.pt")
 
 
+def require_refusal(engine: Any, job: dict[str, Any]) -> None:
+    """Fails unless the engine's saver, or its resume, is refused with the words of the job."""
+    try:
+        if "resume" in job:
+            ckpt.resume(engine, job["resume"])
+        else:
+            ckpt.Saver(engine, job["run"])
+    except ckpt.CheckpointError as error:
+        assert job["refused"] in str(error), error
+    else:
+        raise AssertionError(f"it was not refused: {job}")
+
+
 def train(job: dict[str, Any]) -> None:
     import deepspeed
 
+    for name in {"run", "resume"} & job.keys():
+        job[name] = job[name].format(node=os.environ["GROUP_RANK"])
     model, out = model_of(job), Path(job["out"])
     config = config_of(job)
     optimizer = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
@@ -227,6 +247,10 @@ def train(job: dict[str, Any]) -> None:
         model_parameters=[param for param in model.parameters() if param.requires_grad],
         config={**config, "optimizer": optimizer},
     )
+    if "refused" in job:
+        require_refusal(engine, job)
+        engine.destroy()
+        return
     if "source" in job:
         load(engine, job)
     if "again" in job:

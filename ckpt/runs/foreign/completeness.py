@@ -30,7 +30,7 @@ from ckpt.folders.filenames import CONVERSION, MANIFEST
 from ckpt.runs.ancestry import record_in
 from ckpt.runs.conversions import conversion_in
 from ckpt.runs.foreign import intact_files, step_records
-from ckpt.runs.foreign.proofs import MODEL, OWN, PLAIN_DEEPSPEED, History, Proof
+from ckpt.runs.foreign.proofs import MODEL, OWN, PLAIN_DEEPSPEED, History, Proof, shapes_of
 from ckpt.runs.run import step_in
 from converters import detect
 from converters.accessors import is_whole_number
@@ -316,11 +316,12 @@ def _of_deepspeed(
         source = None
     if kind == PLAIN_DEEPSPEED and _is_lightnings(folder, source):
         kind = "Lightning with DeepSpeed"
-    if source is None or source.kind in PARALLEL:  # without shapes: it gets no manifest
-        from ckpt.runs.foreign.parallel import require_parallel
+    if source is None or source.kind in PARALLEL:
+        from ckpt.runs.foreign import parallel
 
-        tag = require_parallel(folder, tag)
-        return Proof(folder, f"{kind} (parallel)", step_in(tag), tag, source=source)
+        if source is not None and trainer_files is not None:
+            _require_trainers(folder, trainer_files, source)
+        return parallel.prove(folder, kind, source, tag)
     if source.kind == UNIVERSAL:
         return Proof(
             folder, "DeepSpeed (universal)", source.step, None, False, hindrance=_UNIVERSAL
@@ -333,9 +334,9 @@ def _of_deepspeed(
         _require_trainers(folder, trainer_files, source)
         step_records.require_one_step(folder, trainer_files.step, checkpoint)
 
-    refs = source.weights.tensors if source.kind == "deepspeed" else {}  # engines of others: parts
-    shapes = {name: tuple(ref.shape) for name, ref in refs.items()}
-    proof = Proof(folder, kind, source.step, source.place.tag, shapes=shapes or None)
+    # engines of others have parts
+    shapes = shapes_of(source) if source.kind == "deepspeed" else None
+    proof = Proof(folder, kind, source.step, source.place.tag, shapes=shapes)
     return replace(proof, source=checkpoint)
 
 

@@ -20,9 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt.runs.foreign import intact_files
+from ckpt.runs.foreign.proofs import Proof, shapes_of
+from ckpt.runs.run import step_in
 from converters.accessors import is_whole_number, missing_numbers
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
+from converters.source import Source
 from converters.zero.files import discovery as folders
 from converters.zero.files import state_files
 from converters.zero.files.state_files import State
@@ -64,6 +67,21 @@ class _Files:
                 files.layers[int(match[1])].add(int(match[2] or 0))
 
         return files
+
+
+def prove(folder: Path, kind: str, source: Source | None, tag: str | None) -> Proof:
+    """The proof of a checkpoint; ``kind`` says who wrote it.
+
+    Without a ``source``, of a form that is not read here, it has no shapes, so that it
+    gets no manifest. ``CheckpointError`` as ``require_parallel``.
+    """
+    tag = require_parallel(folder, tag)
+    kind = f"{kind} (parallel)"
+    if source is None:
+        return Proof(folder, kind, step_in(tag), tag)
+
+    step = step_in(tag) if source.step is None else source.step
+    return Proof(folder, kind, step, tag, shapes=shapes_of(source), source=source)
 
 
 def require_parallel(folder: Path, tag: str | None = None) -> str:

@@ -17,6 +17,12 @@ STATES_ALONE = (PLAIN_DEEPSPEED, "FSDP")  # the writers of states that no traine
 History = tuple[Mapping[str, Any], ...]
 
 
+def shapes_of(source: Source) -> Mapping[str, tuple[int, ...]] | None:
+    """The shape of each tensor by its name; ``None`` if there are none."""
+    shapes = {name: tuple(ref.shape) for name, ref in source.weights.tensors.items()}
+    return shapes or None
+
+
 @dataclass(frozen=True, slots=True)
 class Proof:
     """The proof of a whole checkpoint. ``resumable``: whether it is more than weights.

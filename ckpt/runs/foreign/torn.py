@@ -11,7 +11,7 @@ from ckpt.folders.filenames import CONVERSION
 from ckpt.runs.manifest import is_inside
 from ckpt.runs.run import Run, require_read
 from converters import detect
-from converters.detect.deepspeed import PARALLEL, UNIVERSAL
+from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
 from converters.formats import safetensors
 from converters.zero.files import state_files
@@ -35,7 +35,7 @@ def only_tag(folder: Path) -> str | None:
         require_read(error)
         return None
 
-    return None if source.kind in (UNIVERSAL, *PARALLEL) else tag_folders[0].name
+    return None if source.kind == UNIVERSAL else tag_folders[0].name
 
 
 def why(folder: Path) -> str | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt.runs.foreign import signs
+from converters.detect.deepspeed import NATIVE
 from converters.errors import CheckpointError
 from converters.formats import gathered_16bit
 from converters.names.selection import proving
@@ -129,7 +130,7 @@ def remedy_of(source: Source, path: Path) -> str:
         why = weights_16bit.disagreement(source)
     way = ""
     has_own_folder = signs.is_name(path.name) and not is_tag_folder(path)
-    if has_own_folder and isinstance(source, Checkpoint):
+    if has_own_folder and source.kind in NATIVE:
         way = (
             f", or, if you changed the weights yourself, ckpt doctor {shell_word(path)} --adopt "
             "--one-save commits it as it is"
@@ -137,17 +138,18 @@ def remedy_of(source: Source, path: Path) -> str:
     return f"{why}; bring back the files of one save{way}"
 
 
-def compare_beside(checkpoint: Checkpoint) -> SampleComparison:
+def compare_beside(source: Source) -> SampleComparison:
     """The same with the weights that a trainer saved beside DeepSpeed's files.
 
     Nothing with ZenFlow, whose fp32 weights lag behind.
     """
-    if checkpoint.model.setting("zero_optimization", "zenflow"):
+    model = source.model if isinstance(source, Checkpoint) else None
+    if model is not None and model.setting("zero_optimization", "zenflow"):
         return SampleComparison(frozenset())
 
-    weights = replace(checkpoint.weights, copies={})
-    weights = gathered_16bit.attach(weights, checkpoint.place.root)[0]
-    others = other_precisions(checkpoint.precision)
+    weights = replace(source.weights, copies={})
+    weights = gathered_16bit.attach(weights, source.place.root)[0]
+    others = other_precisions(source.precision)
     copies = {name: copy for name, copy in weights.copies.items() if copy.dtype not in others}
     return _compared(replace(weights, copies=copies))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from ckpt.runs.foreign import overwriting, value_samples
 from ckpt.runs.upkeep import stored_weights
+from converters.detect.deepspeed import PARALLEL
 from converters.detect.filenames import ADAPTER
 from converters.errors import CheckpointError
 from converters.source import Source
@@ -20,7 +21,8 @@ def doubt(source: Source, is_one_save: bool, is_of_user: bool) -> str | None:
     reads, are compared where the wish is ``is_of_user``.
     """
     folder = source.place.root
-    if isinstance(source, Checkpoint) and source.ranks:
+    has_states = source.kind in PARALLEL or (isinstance(source, Checkpoint) and source.ranks)
+    if has_states:
         if not is_one_save:
             value_samples.require_same(source, value_samples.remedy_of(source, folder))
         elif (difference := value_samples.difference_in(source)) is not None:
@@ -34,10 +36,10 @@ def doubt(source: Source, is_one_save: bool, is_of_user: bool) -> str | None:
     return None if time_doubt is None else time_doubt.sentence
 
 
-def _difference_beside(checkpoint: Checkpoint) -> str | None:
+def _difference_beside(source: Source) -> str | None:
     """That weights beside DeepSpeed's files have other values than the states, as words
     after the folder's name: of a model by a sample, of an adapter, which is small, all."""
-    folder, tag = checkpoint.place.root, checkpoint.place.tag
+    folder, tag = source.place.root, source.place.tag
     try:
         comparison = stored_weights.plan(folder, "", tag) if tag is not None else None
     except CheckpointError:
@@ -52,9 +54,9 @@ def _difference_beside(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _way(checkpoint: Checkpoint) -> str:
+def _way(source: Source) -> str:
     """What helps, beside weights of the states."""
-    folder = shell_word(checkpoint.place.root)
+    folder = shell_word(source.place.root)
     return (
         "; no resume reads them: delete them or bring back the right ones; if you changed them "
         f"yourself, ckpt doctor {folder} --adopt --one-save commits them as they are"

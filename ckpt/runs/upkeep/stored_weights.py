@@ -18,11 +18,12 @@ from ckpt.runs import engines
 from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.states.verification import Verdict
 from converters import detect
+from converters.detect.deepspeed import NATIVE
 from converters.detect.filenames import ADAPTER
 from converters.errors import CheckpointError
 from converters.formats import safetensors
+from converters.source import Source
 from converters.words import counted
-from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.discovery import is_tag_folder
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class WeightsComparison:
     """The weights in the file ``name``, and the states that they are compared with."""
 
     name: str
-    source: Checkpoint
+    source: Source
     pairs: tuple[Counterpart, ...]
 
     @property
@@ -92,7 +93,7 @@ def plan(folder: Path, engine: str, tag: str) -> WeightsComparison | None:
         stored, name = beside.tensors, beside.name
 
     source = detect.read(folder, tag, complete=True)
-    if not isinstance(source, Checkpoint):
+    if source.kind not in NATIVE:
         return None
 
     from ckpt.runs.upkeep import kept_weights

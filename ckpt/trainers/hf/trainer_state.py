@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ckpt.engine.layout import degrees_of
 from ckpt.engine.settings import Loop
 from ckpt.engine.view import EngineView, gathers_16bit_weights, has_stage
 from ckpt.folders import locks, replacing
@@ -150,10 +151,18 @@ def lift(inner_folder: Path) -> None:
 
 
 def leaves_out_weights(engine: EngineView) -> bool:
-    """Whether the Trainer writes no 16-bit model,
-    but the engine's files, and those twice."""
-    # none before the training begins
-    if not has_stage(engine) or engine.zero_optimization_stage() != 3:
+    """Whether the Trainer writes no model of all weights.
+
+    Under stage 3 and tensor parallelism it writes the engine's files in its place, and
+    those twice, unless the engine gathers (accelerate 1.15 ``accelerator.py``,
+    ``get_state_dict``). Of experts it writes those that the first rank has.
+    """
+    if not has_stage(engine):  # none before the training begins
+        return False
+    degrees = degrees_of(engine)
+    if max(degrees.expert_ranks or (1,)) > 1:
+        return True
+    if engine.zero_optimization_stage() != 3 and degrees.tensor_ranks == 1:
         return False
     return not hasattr(engine.module, "peft_config") and not gathers_16bit_weights(engine)
 

@@ -29,6 +29,7 @@ from ckpt.runs.upkeep import slim
 from ckpt.runs.upkeep.slim import Slimming
 from ckpt.weights.conversion import convert
 from ckpt.weights.conversion.task import Conversion
+from ckpt.weights.request import Naming, Request
 from converters.errors import CheckpointError
 from converters.formats import safetensors
 from converters.options import DTYPE
@@ -68,10 +69,11 @@ def _digested(files: Sequence[FileEntry]) -> int:
     return sum(file.nbytes for file in files)
 
 
-def plan(checkpoint: RunCheckpoint, force: bool = False) -> Fp32Slimming:
+def plan(checkpoint: RunCheckpoint, force: bool = False, names: str = "reader") -> Fp32Slimming:
     """Plans the fp32 weights and what goes; writes nothing.
 
-    ``CheckpointError`` as ``slim.plan``, and for states that no model is made of.
+    ``names`` is a value of to-fp32's option. ``CheckpointError`` as ``slim.plan``, and
+    for states that no model is made of.
     """
     manifest = slim.require_slimmable(checkpoint, force)
     if manifest.tier == "weights":
@@ -84,7 +86,11 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Fp32Slimming:
         )
 
     conversion = convert.plan(
-        checkpoint.folder, _staging_folder(checkpoint), tag=manifest.tag, dtype="fp32"
+        checkpoint.folder,
+        _staging_folder(checkpoint),
+        tag=manifest.tag,
+        dtype="fp32",
+        request=Request(naming=Naming().with_names(names)),
     )
     if not conversion.checkpoint.weights.copies:
         # the 16-bit weights that go are no authority over the states that they are

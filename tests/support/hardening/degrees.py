@@ -7,12 +7,18 @@ be the source, bit for bit, and its losses those of the training that went on.
 
     source   fused, 4 ranks, tp 2, stage 2      whole: 6 losses      half: after 3 steps
     target   fused, 4 ranks, tp 4, stage 1      again: bits of half  losses: those of steps 4 to 6
+
+A launch that lost a connection, as one on a busy machine does, is repeated. What could not be
+trained for that reason alone is counted as such, and is neither equal nor a finding.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
+import subprocess
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles import torchrun
+import warm_ranks
+from oracles import ABORTED
 
 from ckpt.rewrite import reshard, universal
 from converters import cast, detect
@@ -31,6 +38,7 @@ from converters.tensors import TensorRef
 Job = dict[str, Any]
 ROUND = 12  # samples whose trainings share their launches
 LAUNCH_LIMIT = 900.0  # seconds
+TRIES = 3  # of a launch that a busy machine ended
 REDUCTION_ORDER = 2e-5  # of losses of other ranks, relative; fp32
 WORKERS = {"fused": "parallel", "pipeline": "parallel", "single": "experts", "stacked": "experts"}
 RULES = {  # of the model "fused", where it was trained without tensor parallelism
@@ -39,6 +47,22 @@ RULES = {  # of the model "fused", where it was trained without tensor paralleli
     r"(o|down)\.weight": "dim 1",
     ".*": "replicated",
 }
+
+# What a rank says last. A rank whose fellow has ended says that a connection is closed; the one
+# that ended first has a line of its own, unless the machine broke the connection.
+_LAST_WORDS = re.compile(r"^(?:\[rank\d+\]: )?(\w[\w.]*(?:Error|Exception)\b.*)", re.MULTILINE)
+_OF_CONNECTIONS = re.compile(
+    r"Connection (?:closed|reset|refused)|Broken pipe|[Tt]imed out|[Tt]imeout|connectFullMesh"
+)
+_SIGNALS = re.compile(r"^warm_ranks: rank \d+ .*: (SIG\w+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with a sample, or why the machine did not train it."""
+
+    text: str
+    is_of_machine: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,51 +127,59 @@ def run(seconds: float, seed: int, work: Path, say: Callable[[str], object]) -> 
     verdicts: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     findings: list[str] = []
+    untrained: list[str] = []
     while not number or time.monotonic() < end:
         samples = [draw(seed, number + index) for index in range(ROUND)]
         folder = work / f"round-{number}"
         folder.mkdir()
-        for sample, reason in judge(samples, folder):
-            verdicts["equal" if reason is None else "findings"] += 1
+        for sample, problem in judge(samples, folder, say):
+            verdicts["equal"] += problem is None
             kinds[f"{sample.model}, {'universal' if sample.is_universal else 'native'}"] += 1
-            if reason is not None:
-                findings.append(f"{sample}: {reason}")
+            if problem is not None:
+                lines = untrained if problem.is_of_machine else findings
+                lines.append(f"{sample}: {problem.text}")
         number += ROUND
-        say(f"{number} samples, {verdicts['equal']} equal, {len(findings)} findings")
+        say(
+            f"{number} samples, {verdicts['equal']} equal, {len(findings)} findings, "
+            f"{len(untrained)} not trained"
+        )
 
     return {
         "samples": number,
         "equal": verdicts["equal"],
         "by model and form": dict(sorted(kinds.items())),
+        "not trained": untrained,
         "findings": findings,
     }
 
 
-def judge(samples: Sequence[Sample], folder: Path) -> Iterator[tuple[Sample, str | None]]:
+def judge(
+    samples: Sequence[Sample], folder: Path, say: Callable[[str], object]
+) -> Iterator[tuple[Sample, Problem | None]]:
     """What is wrong with each sample; ``None`` if nothing is."""
-    reasons: dict[int, str] = {}
+    problems: dict[int, Problem] = {}
     sources = [
         (sample, sample.ranks, {**sample.source, **_source_job(sample, folder)})
         for sample in samples
     ]
-    _train(sources, folder, reasons)
+    _train(sources, folder, problems, say)
 
     targets = []
     for sample in samples:
-        if sample.number in reasons:
+        if sample.number in problems:
             continue
         try:
             _rewrite(sample, folder)
         except CheckpointError as error:
-            reasons[sample.number] = f"refused: {error}"
+            problems[sample.number] = Problem(f"refused: {error}")
             continue
         targets.append(
             (sample, sample.target_ranks, {**sample.target, **_target_job(sample, folder)})
         )
-    _train(targets, folder, reasons)
+    _train(targets, folder, problems, say)
 
     for sample in samples:
-        yield sample, reasons.get(sample.number) or _difference(sample, folder)
+        yield sample, problems.get(sample.number) or _difference(sample, folder)
 
 
 def _path(sample: Sample, folder: Path, name: str) -> str:
@@ -194,35 +226,75 @@ def _rewrite(sample: Sample, folder: Path) -> None:
     reshard.execute(reshard.plan(source, sample.target_ranks, output=output, **options))
 
 
-def _train(jobs: Sequence[tuple[Sample, int, Job]], folder: Path, reasons: dict[int, str]) -> None:
+def _train(
+    jobs: Sequence[tuple[Sample, int, Job]],
+    folder: Path,
+    problems: dict[int, Problem],
+    say: Callable[[str], object],
+    tries: int = TRIES,
+) -> None:
     """Trains all, those of the same degrees in one launch: DeepSpeed keeps them in a process."""
-    launches: dict[tuple[Any, ...], list[tuple[Sample, Job]]] = defaultdict(list)
+    launches: dict[tuple[Any, ...], list[tuple[Sample, int, Job]]] = defaultdict(list)
     for sample, ranks, job in jobs:
         key = (WORKERS[sample.model], ranks, job.get("tp", 1), job.get("pp", 0))
-        launches[key].append((sample, job))
+        launches[key].append((sample, ranks, job))
 
     for (worker, ranks, *_), members in launches.items():
-        path = folder / f"jobs-{members[0][0].number}-{len(list(folder.glob('jobs-*')))}.json"
-        path.write_text(json.dumps([job for _, job in members]))
-        try:
-            torchrun(
-                f"tests/workers/{worker}_worker.py", path, ranks=ranks, limit=int(LAUNCH_LIMIT)
-            )
-        except AssertionError as error:
-            undone = [
-                (sample, ranks, job)
-                for sample, job in members
-                if not Path(job["out"], "losses.json").is_file()
-            ]
-            if len(members) == 1:
-                reasons[members[0][0].number] = f"not trained: {str(error)[-1500:]}"
-                continue
-            # gloo may have lost a connection: the first of them once more, and the rest
-            _train(undone[:1], folder, reasons)
-            _train(undone[1:], folder, reasons)
+        problem = _launch(worker, ranks, [job for *_, job in members], folder)
+        if problem is None:
+            continue
+        undone = [member for member in members if not _losses_path(member[2]).is_file()]
+        if not undone:  # it was the end of the ranks that went wrong
+            continue
+        for _, _, job in undone:
+            _remove_outputs(job)
+        first, *rest = undone
+        if problem.is_of_machine and tries > 1:
+            say(f"once more: {first[0]}: {problem.text[-200:]}")
+            _train([first], folder, problems, say, tries - 1)
+        elif len(members) == 1:
+            problems[first[0].number] = problem
+        else:  # alone, so that it is the first whose problem this is
+            _train([first], folder, problems, say, tries)
+        _train(rest, folder, problems, say)
 
 
-def _difference(sample: Sample, folder: Path) -> str | None:
+def _launch(worker: str, ranks: int, jobs: Sequence[Job], folder: Path) -> Problem | None:
+    """Trains on so many ranks; what ended it if it did not end well."""
+    path = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
+    path.write_text(json.dumps(jobs))
+    script = f"tests/workers/{worker}_worker.py"
+    try:
+        ended = warm_ranks.run(script, [path], ranks=ranks, limit=LAUNCH_LIMIT, environment={})
+    except subprocess.TimeoutExpired:
+        return Problem(f"not trained: it did not end in {LAUNCH_LIMIT:.0f} seconds")
+    return problem_in(ended.stderr) if ended.returncode else None
+
+
+def problem_in(text: str) -> Problem:
+    """What ended ranks that wrote ``text``: the machine only if none has a reason of its own."""
+    words = _LAST_WORDS.findall(text)
+    own_words = [line for line in words if not _OF_CONNECTIONS.search(line)]
+    signals = set(_SIGNALS.findall(text)) - {"SIGTERM"}  # which those that are left get
+    if ABORTED in text:
+        signals -= {"SIGABRT"}
+    has_connection_lost = bool(words) or ABORTED in text
+    is_of_machine = has_connection_lost and not own_words and not signals
+    return Problem(f"not trained: {text[-1500:]}", is_of_machine)
+
+
+def _losses_path(job: Job) -> Path:
+    return Path(job["out"], "losses.json")
+
+
+def _remove_outputs(job: Job) -> None:
+    """What a training that was cut short left, so that the next one begins as the first did."""
+    for name in ("out", "half", "again"):
+        if name in job:
+            shutil.rmtree(job[name], ignore_errors=True)
+
+
+def _difference(sample: Sample, folder: Path) -> Problem | None:
     """What the training that went on has otherwise than it should."""
     expected = values_of(Path(_path(sample, folder, "half")))
     again = values_of(Path(_path(sample, folder, "again")))
@@ -230,12 +302,13 @@ def _difference(sample: Sample, folder: Path) -> str | None:
         str(key) for key in expected.keys() | again.keys() if expected.get(key) != again.get(key)
     )
     if unlike:
-        return f"{len(unlike)} values are not those of the source: {', '.join(unlike[:4])}"
+        names = ", ".join(unlike[:4])
+        return Problem(f"{len(unlike)} values are not those of the source: {names}")
 
     whole = json.loads(Path(_path(sample, folder, "whole"), "losses.json").read_text())
     losses = json.loads(Path(_path(sample, folder, "end"), "losses.json").read_text())
     if losses != pytest.approx(whole[3:], rel=REDUCTION_ORDER):
-        return f"losses {losses}, expected {whole[3:]}"
+        return Problem(f"losses {losses}, expected {whole[3:]}")
     return None
 
 

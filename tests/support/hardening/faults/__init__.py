@@ -2,7 +2,7 @@
 
 For the Nth operation (reads included) of each command of ``scenes`` and every way to fail: see
 ``probing`` for what has to be true afterwards, and ``hub`` for push and pull. Then of the saves of
-two ranks: ``saves``.
+two ranks, with ZeRO alone and with each kind of parallelism: ``saves``.
 ``every`` leaves nothing to chance, takes hours, and goes on where it was stopped.
 """
 
@@ -57,13 +57,14 @@ def run(seconds: float, seed: int, work: Path, say: Callable[[str], object]) -> 
                 total[what] += count
             total["by command"][name] = counts | dict(probe.ends)
             probe.folder.make({})
-    say(f"saves of two ranks, {end - time.monotonic():.0f} s")
-    made = saves.run(max(10.0, end - time.monotonic()), seed, work / "saves")
-    total["findings"] += made.pop("findings")
-    total["by command"]["save"] = made
-    total["probes"] += made["probes"]
-    total["of"] += made["of"]
-    total["operations"] += made["operations"]
+    for index, training in enumerate(saves.TRAININGS):
+        share = max(10.0, (end - time.monotonic()) / (len(saves.TRAININGS) - index))
+        say(f"saves of two ranks, {training}, {share:.0f} s")
+        made = saves.run(saves.Attack(training, share, seed), work / f"saves-{training}")
+        total["findings"] += made.pop("findings")
+        total["by command"][f"save, {training}"] = made
+        for what in ("probes", "of", "operations"):
+            total[what] += made[what]
     return total
 
 
@@ -72,10 +73,17 @@ def every(notes: Path, work: Path, say: Callable[[str], object]) -> dict[str, An
 
     Several processes may work on the same notes: each takes what no other has.
     """
-    made = saves.run(6 * 3600, 1, work / "saves", notes / "saves.jsonl")
-    by_command = {"save": f"{made['probes']} of {made['of']}, {made['operations']} operations"}
-    findings = list(made["findings"])
-    probes, of = made["probes"], made["of"]
+    by_command: dict[str, str] = {}
+    findings: list[str] = []
+    probes = of = 0
+    for training in saves.TRAININGS:
+        path = notes / ("saves.jsonl" if training == "zero" else f"saves-{training}.jsonl")
+        attack = saves.Attack(training, 6 * 3600, 1, notes=str(path.absolute()))
+        made = saves.run(attack, work / f"saves-{training}")
+        counts = f"{made['probes']} of {made['of']}, {made['operations']} operations"
+        by_command[f"save, {training}"] = counts
+        findings += made["findings"]
+        probes, of = probes + made["probes"], of + made["of"]
     with _commands(work) as everything:
         for index, (name, command) in enumerate(sorted(everything, key=_long)):
             probe = command(work / f"command-{index}")

@@ -14,7 +14,6 @@ from test_universal import deepspeeds
 import ckpt
 from ckpt.rewrite import universal
 from converters import detect
-from converters.errors import CheckpointError
 from converters.zero.merging.saved_degrees import Degrees
 
 SPLIT = FIXTURES / "pipelines-and-experts"

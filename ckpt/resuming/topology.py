@@ -90,6 +90,7 @@ def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
     for such an engine; ``None`` elsewhere."""
     saved, current = source.topology.degrees, layout.topology.degrees
     is_plain = saved.stages > 1 and saved.tensor_ranks == current.tensor_ranks == 1
+    is_plain = is_plain and layout.pipeline is not None
     if current.stages > 1 and not is_plain:
         return (
             "native files of several pipeline stages are written of pipelines without tensor "

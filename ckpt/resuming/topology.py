@@ -89,8 +89,9 @@ def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
     """What to do where no command makes native files
     for such an engine; ``None`` elsewhere."""
     saved, current = source.topology.degrees, layout.topology.degrees
-    is_plain = saved.stages > 1 and saved.tensor_ranks == current.tensor_ranks == 1
-    if current.stages > 1 and not is_plain:
+    is_without_tp = saved.tensor_ranks == current.tensor_ranks == 1
+    is_written = saved.stages > 1 and is_without_tp and layout.pipeline is not None
+    if current.stages > 1 and not is_written:
         return (
             "native files of several pipeline stages are written of pipelines without tensor "
             f"parallelism alone: load a universal folder (ckpt to-universal {source.folder}), "

@@ -22,6 +22,7 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import require_read
 from ckpt.runs.verify import changes_since_commit
 from ckpt.version import __version__
+from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
 from converters.options import NO_VERIFY_OF_STATES
 from converters.source import Source
@@ -136,7 +137,9 @@ def require_one_save(source: Source) -> None:
     """
     if not isinstance(source, zero.Checkpoint):
         return
-    manifest = source_manifest(source.place.root, source.place.tag)
+    manifest = None
+    if source.kind != UNIVERSAL:  # which is no save, and may lie beside the one it was made of
+        manifest = source_manifest(source.place.root, source.place.tag)
     if manifest is not None and not is_url(source.place.root):
         _require_unchanged(source.place.root, manifest, source.place.tag)
     has_known_doubt = manifest is not None and manifest.doubt is not None

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hardening.degrees import values_of
 from oracles import FIXTURES, convert, live, root_of, run, same
 from run_folders import real
 from test_universal import Universal, deepspeeds, to
@@ -244,11 +245,12 @@ def test_a_model_file_of_several_that_is_missing_is_named(
         assert raised.value.kind == "incomplete"
 
 
-def test_native_files_are_not_made_of_more_parallelism(
+def test_native_files_are_made_of_more_parallelism(
     tmp_path: Path, of_parallel: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Frozen parameters too, whose shards the model files have."""
     folder = of_parallel("tp_qwen3_frozen_z2_w4")
-    run("from-universal", folder, "--world-size", 2, "-o", tmp_path / "n", code=1)
-    assert "nothing else is made of them" in capsys.readouterr().err
+    run("from-universal", folder, "--world-size", 4, "--tp", 2, "-o", tmp_path / "n")
+    assert values_of(tmp_path / "n") == values_of(FIXTURES / "parallel/tp_qwen3_frozen_z2_w4")
     run("show", folder)
     assert "made from 2 model-parallel ranks" in capsys.readouterr().out

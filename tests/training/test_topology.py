@@ -472,6 +472,14 @@ def test_other_degrees_are_said_with_the_command(
     )
 
 
+def test_the_stages_of_an_engine_are_said_with_the_command() -> None:
+    folder = FIXTURES / "corpus/pp_z1bf"
+    stages = "0-2+embed,3-5+embed"
+    layout = Layout(Topology(1, 4, Degrees(stages=2)), {}, pipeline=stages)
+    sentence = str(topology.refusal(ResumePoint.of(open_checkpoint(folder)), layout))
+    assert f"--stage 1 --pp {stages} -o {folder}-pp2-w4" in sentence
+
+
 @pytest.mark.parametrize("is_rewritten", [True, False])
 def test_degrees_that_it_was_written_for_are_no_difference(is_rewritten: bool) -> None:
     """Nor are the local experts of the first rank, and the settings that say the degrees."""

@@ -46,9 +46,9 @@ def checkpoint_of(source: Universal) -> MergedCheckpoint:
         if not source.layers:
             return replace(_dense(source, root), optimizer_entries=entries)
 
-        whole = _with_experts(source)
-        dense = replace(whole.dense, optimizer_entries=entries)
-        return replace(whole, dense=dense, optimizer_entries=entries)
+        checkpoint = _with_experts(source)
+        dense = replace(checkpoint.dense, optimizer_entries=entries)
+        return replace(checkpoint, dense=dense, optimizer_entries=entries)
 
 
 def _require_module(source: Universal) -> None:
@@ -105,12 +105,12 @@ def _with_experts(source: Universal) -> experts.ExpertsCheckpoint:
         checkpoint.stage,
     )
     groups = [_by_expert_rank(source, group) for group in source.groups]
-    whole = experts.of_groups(checkpoint, states, groups, {})
+    merged = experts.of_groups(checkpoint, states, groups, {})
     return replace(
-        whole,
+        merged,
         source=_as_saved(source, checkpoint),
         model_paths=source.models,
-        dense=replace(whole.dense, model_paths=source.models),
+        dense=replace(merged.dense, model_paths=source.models),
     )
 
 

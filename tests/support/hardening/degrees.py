@@ -47,6 +47,11 @@ RULES = {  # of the model "fused", where it was trained without tensor paralleli
     r"(o|down)\.weight": "dim 1",
     ".*": "replicated",
 }
+STAGES = {  # of the model "pipeline", as partition_method "uniform" parts its six layers
+    1: "0-",
+    2: "0-2+embed,3-+embed",
+    4: "0-1+embed,2-3,4-4,5-+embed",
+}
 
 # What a rank says last. A rank whose fellow has ended says that a connection is closed; the one
 # that ended first has a line of its own, unless the machine broke the connection.
@@ -108,7 +113,7 @@ def _settings(
     if model == "fused":
         return ranks, {"stage": stage, "tp": degree}
     if model == "pipeline":
-        if is_target and not is_universal:
+        if is_target and not is_universal and rng.random() < 0.5:
             return ranks, {"stage": stage}  # a plain module
         return ranks, {"stage": 1, "pp": degree if is_target else max(degree, 2)}
 
@@ -218,6 +223,8 @@ def _rewrite(sample: Sample, folder: Path) -> None:
     options: Job = {"stage": sample.target["stage"]}
     if "sizes" in sample.target:
         options["ep"] = sample.target["sizes"][0]
+    if "pp" in sample.target:
+        options["pp"] = STAGES[sample.target["pp"]]
     if sample.target.get("tp", 1) > 1:
         options["tp"] = sample.target["tp"]
         if sample.source["tp"] == 1:

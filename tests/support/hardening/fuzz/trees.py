@@ -27,6 +27,7 @@ from converters.zero import checkpoint as zero
 from converters.zero import optimizer_state, weights_16bit
 from converters.zero.native import reshard
 from converters.zero.native.optimizer_files import TargetTopology
+from converters.zero.universal import native_source
 from converters.zero.universal import plan as universal
 from converters.zero.universal import reader as universal_reader
 from hardening.fuzz.targets import FIXTURES
@@ -284,9 +285,9 @@ def to_universal(folder: Path) -> None:
 
 def from_universal(folder: Path) -> None:
     """Plans of native files from a universal folder, of two stages."""
-    source = universal_reader.read(folder)
+    source = native_source.checkpoint_of(universal_reader.read(folder, parallel=True))
     for stage in (1, 3):
-        universal.from_universal(source, TargetTopology(stage, 3))
+        reshard.plan(source, TargetTopology(stage, 3))
 
 
 READERS: tuple[Callable[[Path], None], ...] = (states, sixteen, resharded, to_universal)

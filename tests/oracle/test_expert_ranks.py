@@ -210,7 +210,7 @@ def test_layers_of_two_numbers_of_expert_ranks_get_one(
         ("autoep-zero2", {"ep": 0}, "ep is 0"),
         ("autoep-zero2", {"tp": 2}, "not written for tensor-parallel ranks yet; leave out tp="),
         ("autoep-zero2", {"ep": 2}, "for 4 ranks already; .* another world_size=, ep= or stage="),
-        ("autoep-zero3-tensor", {}, "is of AutoEP with AutoTP"),
+        ("autoep-zero3-tensor", {}, "is of experts and of tensor or pipeline parallelism"),
         ("moe-zero0-fp32", {"ep": 1}, "is of experts without ZeRO"),
         ("pipeline-zero1", {"ep": 2}, "has no experts to deal out; leave out ep="),
     ],

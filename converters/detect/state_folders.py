@@ -23,9 +23,14 @@ def is_state_file(name: str) -> bool:
 
 
 def is_tag_folder(path: Path) -> bool:
-    """Whether state files lie directly in ``path``, those of layers or experts too."""
-    patterns = (*STATES, EXPERTS, STAGES)
-    return any(pattern.fullmatch(name) for name in stores.names(path) for pattern in patterns)
+    """Whether state files lie directly in ``path``."""
+    return any(map(is_state_file, stores.names(path)))
+
+
+def has_parts(path: Path) -> bool:
+    """Whether files of experts or layers lie directly in ``path``, with others or alone."""
+    names = stores.names(path)
+    return any(pattern.fullmatch(name) for name in names for pattern in (EXPERTS, STAGES))
 
 
 def tag_in(latest: Path) -> str | None:

@@ -211,6 +211,7 @@ def test_layers_of_two_numbers_of_expert_ranks_get_one(
         ("autoep-zero2", {"ep": 0}, "ep is 0"),
         ("autoep-zero2", {"tp": 2}, "does not say how parameters are cut for 2"),
         ("autoep-zero2", {"ep": 2}, "for 4 ranks already; .* another world_size=, ep= or stage="),
+        ("moe-zero1-tensor", {}, "is of experts and of tensor or pipeline parallelism"),
         ("moe-zero0-fp32", {"ep": 1}, "is of experts without ZeRO"),
         ("pipeline-zero1", {"ep": 2}, "has no experts to deal out; leave out ep="),
     ],

@@ -51,6 +51,7 @@ PARTLESS = [
     ("zero0-bf16", "without ZeRO"),
     ("pipelines-and-experts/pipeline-zero0-fp32", "whose optimizer numbers the parameters"),
     ("pipelines-and-experts/moe-zero0-bf16", "of experts without ZeRO"),
+    ("pipelines-and-experts/moe-zero1-tensor", "of experts and of tensor or pipeline"),
 ]
 WHOLE = [
     *(p for p in [*made(), *corpus()] if not p.name.startswith(("zero0", "s0"))),

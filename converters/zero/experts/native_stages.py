@@ -79,9 +79,12 @@ def _tensor_degree(place: Place, members: Sequence[Lane]) -> int:
     recorded = members[0].model.root.get("checkpoint_parallel_dimensions")
     degrees = recorded if isinstance(recorded, dict) else {}
     stages, degree = degrees.get("pp_degree"), degrees.get("tp_degree")
-    is_recorded = is_whole_number(stages, 1) and is_whole_number(degree, 1)
-    if is_recorded and stages * degree == len(members):
-        return int(degree)
+    if (
+        is_whole_number(stages, 1)
+        and is_whole_number(degree, 1)
+        and stages * degree == len(members)
+    ):
+        return degree
 
     names = [_names(member.model) for member in members]
     degree = next((rank for rank in range(1, len(names)) if not names[0] & names[rank]), len(names))

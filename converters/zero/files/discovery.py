@@ -76,7 +76,8 @@ def find(path: Path, tag: str | None = None) -> Place:
 
 def _place_of_tag(path: Path, tag: str) -> Place:
     """The place of a tag that the user named."""
-    if is_tag_folder(path) and path.resolve().name == tag:
+    has_states = is_tag_folder(path) or state_folders.has_parts(path)
+    if has_states and path.resolve().name == tag:
         return Place(path.parent, path, tag)
     if not stores.is_folder(path / tag):
         raise _instead(path, tag)

@@ -49,11 +49,11 @@ class CutTable:
 
         ``CheckpointError`` where these say different things of how parameters are cut.
         """
-        model, *others = models
+        model, *further_models = models
         fields = _recorded(model)
-        for other in others:
-            if not typed.are_alike(_of_cuts(fields), _of_cuts(_recorded(other))):
-                raise other.fail(
+        for further_model in further_models:
+            if not typed.are_alike(_of_cuts(fields), _of_cuts(_recorded(further_model))):
+                raise further_model.fail(
                     f"its {INFO} does not cut parameters as that of {model.path.name} does; files "
                     "of two saves are mixed"
                 )

@@ -69,6 +69,20 @@ class ResumePoint:
         one that ``doctor --adopt`` committed was not."""
         return self.manifest is not None and "torch" in self.manifest.versions
 
+    def require_loadable(self, current: Topology) -> None:
+        """``CheckpointError`` for a node's part
+        that this training does not load from it alone."""
+        nodes = 1 if self.manifest is None else self.manifest.nodes
+        if self.manifest is None or nodes == 1 or current.loads_parts:
+            return
+        raise CheckpointError(
+            f"{self.folder} is the part of node {self.manifest.node} of {nodes}, and of a training "
+            "with tensor parallelism, a pipeline or experts DeepSpeed does not load it without the "
+            "others; join the parts with ckpt collect, and give each node all of it in place of "
+            "its part",
+            "unsupported",
+        )
+
     def said(self, verified: str) -> str:
         """The checkpoint as a line for a reader."""
         proof = "no manifest"

@@ -178,21 +178,6 @@ def fitting(
         return replace(ResumePoint.of(output, Path(source.tag).name), resharded=True)
 
 
-def require_loadable_part(source: ResumePoint, layout: Layout) -> None:
-    """``CheckpointError`` for a node's part of a checkpoint
-    that this engine does not load from it alone."""
-    is_part = source.manifest is not None and source.manifest.nodes > 1
-    if is_part and not layout.topology.loads_parts:
-        assert source.manifest is not None
-        raise CheckpointError(
-            f"{source.folder} is the part of node {source.manifest.node} of "
-            f"{source.manifest.nodes}, and of a training with tensor parallelism, a pipeline or "
-            "experts DeepSpeed does not load it without the others; join the parts with ckpt "
-            "collect, and give each node all of it in place of its part",
-            "unsupported",
-        )
-
-
 def _can_be_resharded(source: ResumePoint, layout: Layout) -> bool:
     """Whether native files are written for this training without a word of the user's."""
     is_staged = bool(source.topology.stage and layout.topology.stage)
@@ -238,7 +223,7 @@ def _loadable(
             raise
         return folder
 
-    require_loadable_part(source, layout)
+    source.require_loadable(layout.topology)
     if source.topology.loads_as(layout.topology):
         return folder
 

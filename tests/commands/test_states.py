@@ -430,6 +430,22 @@ def test_more_parallelism_than_zero_is_adopted_and_its_weights_are_compared(
     assert "the weights are of another step" in said.out and not Run(tmp_path).newest()
 
 
+def test_the_experts_of_one_rank_are_not_taken_for_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the Trainer alone writes them: half of each stack, under its name."""
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(FIXTURES / "corpus/aep_z3", folder, ignore=shutil.ignore_patterns("live*"))
+    run("to-fp32", folder, "-o", tmp_path / "model", "--names", "as-stored")
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    stacks = {key: tensor for key, tensor in tensors.items() if tensor.dim() == 3}
+    halves = {key: tensor.chunk(2)[0].contiguous() for key, tensor in stacks.items()}
+    assert halves
+    save_file({**tensors, **halves}, folder / "model.safetensors")
+    run("verify", folder, "--data", code=1)
+    assert "a trainer wrote the experts that its first rank has" in capsys.readouterr().out
+
+
 def test_what_cannot_be_adopted_is_a_note_and_no_failure(
     tmp_path: Path, printed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -446,7 +462,7 @@ def test_what_cannot_be_adopted_is_a_note_and_no_failure(
     assert "they are not of a kind that is committed, so that ckpt doctor --adopt" in note
     assert "had no checksum and would be taken as they are (model.safetensors, " in unproven
     entries = printed("doctor", tmp_path, "--adopt", "--dry-run")["checkpoints"]
-    assert [entry["adopted"] for entry in entries] == [False, False, True, True]
+    assert [entry["adopted"] for entry in entries] == [True, False, False, True]
     assert {entry["state"] for entry in entries} == {"complete"}
 
     (tmp_path / "checkpoint-8/latest").unlink()

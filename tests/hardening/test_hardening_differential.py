@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from hardening import differential
+from hardening import degrees, differential
 from hardening.differential import cases, judging, known
 from hardening.differential.cases import Case
-from oracles import ROOT
+from oracles import ABORTED, ROOT
 
 SEED, COUNT = 2750, 10
 LIMIT = 300.0  # seconds; 20 on an idle machine, and minutes more where an extension is compiled
@@ -93,3 +93,19 @@ def test_a_case_is_its_two_numbers() -> None:
     made = [cases.make(3, index, extensions=True) for index in range(40)]
     assert made == [cases.make(3, index, extensions=True) for index in range(40)]
     assert len({str(case.parameters) for case in made}) == 40
+
+
+@pytest.mark.parametrize(
+    ("text", "is_of_machine"),
+    [
+        ("[rank1]: RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:1", True),
+        (f"{ABORTED}\nwarm_ranks: rank 0 (process 7): SIGABRT", True),
+        ("ValueError: x\n[rank1]: RuntimeError: [pair.cc:553] Connection closed by peer", False),
+        ("RuntimeError: Connection reset\nwarm_ranks: rank 1 (process 7): SIGSEGV", False),
+        ("warm_ranks: rank 1 (process 7): exit 1", False),
+    ],
+)
+def test_a_lost_connection_is_told_from_a_training_that_failed(
+    text: str, is_of_machine: bool
+) -> None:
+    assert degrees.problem_in(text).is_of_machine == is_of_machine

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from faults import faults
 from faults.forks import Forks
+from hardening.faults import saves
 from hardening.faults.probing import Fault, Probe
 from hardening.notes import Notes, read
 from hardening.scenes import Scene, looking, marking, scenes
@@ -144,6 +145,16 @@ def test_a_reshard_that_cannot_read_the_manifest_fails_and_does_not_do_without(
     found = [fault for fault in reads if fault.call.split()[0] in ("open-", "read")]
     assert found and [line for fault in found for line in probe.check(fault)] == []
     assert probe.ends["failed"]  # a lock that cannot be had is none
+
+
+@pytest.mark.parametrize("training", ["tensor", "pipeline", "experts"])
+def test_a_save_whose_file_operation_fails_is_whole_or_absent(
+    training: str, tmp_path: Path
+) -> None:
+    """With more parallelism than ZeRO: on both ranks alike, and the next save works."""
+    found = saves.run(saves.Attack(training, 60.0, 3, points=12), tmp_path / "saves")
+    assert found["findings"] == []
+    assert found["probes"] == 12 and found["refused"] and found["operations"] > 300
 
 
 CLAIM = """

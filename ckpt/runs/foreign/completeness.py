@@ -334,8 +334,7 @@ def _of_deepspeed(
         _require_trainers(folder, trainer_files, source)
         step_records.require_one_step(folder, trainer_files.step, checkpoint)
 
-    # engines of others have parts
-    shapes = shapes_of(source) if source.kind == "deepspeed" else None
+    shapes = shapes_of(source) if source.kind == "deepspeed" else None  # others have parts
     proof = Proof(folder, kind, source.step, source.place.tag, shapes=shapes)
     return replace(proof, source=checkpoint)
 

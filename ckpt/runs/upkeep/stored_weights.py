@@ -18,7 +18,7 @@ from ckpt.runs import engines
 from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.states.verification import Verdict
 from converters import detect
-from converters.detect.deepspeed import NATIVE
+from converters.detect.deepspeed import EXPERTS, NATIVE
 from converters.detect.filenames import ADAPTER
 from converters.errors import CheckpointError
 from converters.formats import safetensors
@@ -35,13 +35,22 @@ _REMEDY = (
 )
 
 
+_EXPERTS_OF_ONE_RANK = (
+    "a trainer wrote the experts that its first rank has; ckpt to-fp32 makes weights of the states"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class WeightsComparison:
-    """The weights in the file ``name``, and the states that they are compared with."""
+    """The weights in the file ``name``, and the states that they are compared with.
+
+    ``fault`` says of which tensor of experts a part is stored, if of any.
+    """
 
     name: str
     source: Source
     pairs: tuple[Counterpart, ...]
+    fault: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +109,12 @@ def plan(folder: Path, engine: str, tag: str) -> WeightsComparison | None:
 
     pairs = kept_weights.counterparts(source, stored, model_folder if is_adapter else None)
     common_pairs = [pair for pair in pairs if pair.fault is None and pair.copies is not None]
-    return WeightsComparison(name, source, tuple(common_pairs)) if common_pairs else None
+    if not common_pairs:
+        return None
+
+    faults = [pair.fault for pair in pairs if pair.stored is not None and pair.fault is not None]
+    fault = next(iter(faults), None) if source.kind == EXPERTS else None
+    return WeightsComparison(name, source, tuple(common_pairs), fault)
 
 
 def execute(
@@ -126,6 +140,8 @@ def compare(
     """A line on the values that agree,
     if any were compared; ``CheckpointError`` for others."""
     source, name = comparison.source, comparison.name
+    if comparison.fault is not None:
+        raise CheckpointError(f"{name}: {comparison.fault}: {_EXPERTS_OF_ONE_RANK}")
     if not in_sample:
         from ckpt.runs.upkeep import kept_values
 

@@ -85,13 +85,7 @@ def plan(checkpoint: RunCheckpoint, force: bool = False, names: str = "reader") 
             "unsupported",
         )
 
-    conversion = convert.plan(
-        checkpoint.folder,
-        _staging_folder(checkpoint),
-        tag=manifest.tag,
-        dtype="fp32",
-        request=Request(naming=Naming().with_names(names)),
-    )
+    conversion = _planned(checkpoint, manifest, names)
     if not conversion.checkpoint.weights.copies:
         # the 16-bit weights that go are no authority over the states that they are
         # compared with
@@ -115,6 +109,16 @@ def plan(checkpoint: RunCheckpoint, force: bool = False, names: str = "reader") 
             dtypes=("F32",),
         ),
         conversion,
+    )
+
+
+def _planned(checkpoint: RunCheckpoint, manifest: Manifest, names: str) -> Conversion:
+    return convert.plan(
+        checkpoint.folder,
+        _staging_folder(checkpoint),
+        tag=manifest.tag,
+        dtype="fp32",
+        request=Request(naming=Naming().with_names(names)),
     )
 
 

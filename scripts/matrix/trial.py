@@ -55,7 +55,7 @@ def rows() -> list[dict[str, list[int]]]:
     return [{"input_ids": each, "labels": each} for each in numbers]
 
 
-def trainer(folder: Path, steps: int, *, as_class: bool) -> None:
+def trainer(folder: Path, steps: int, model: Any, *, as_class: bool) -> None:
     """The Hugging Face Trainer, by the class or by the callback."""
     from transformers import Trainer, TrainingArguments
 
@@ -79,11 +79,29 @@ def trainer(folder: Path, steps: int, *, as_class: bool) -> None:
     )
     kind = Committed if as_class else Trainer
     callbacks = [] if as_class else [CheckpointCallback(retention=ckpt.Retention(last=2))]
-    trained = kind(model=llama(), args=arguments, train_dataset=rows(), callbacks=callbacks)
+    trained = kind(model=model, args=arguments, train_dataset=rows(), callbacks=callbacks)
     newest = ckpt.find(folder)
     require_start(newest, steps)
     trained.train(resume_from_checkpoint=None if newest is None else str(newest))
     assert trained.state.global_step == steps
+
+
+def adapter(folder: Path, steps: int) -> None:
+    """A LoRA training of a base model that lies beside the run."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = folder.with_name("base")
+    if os.environ["RANK"] == "0" and not base.exists():
+        torch.manual_seed(0)
+        llama().save_pretrained(base)
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    # a half of the weights of an adapter is zeros by default, whatever was loaded
+    settings = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    trainer(folder, steps, get_peft_model(model, settings), as_class=True)
 
 
 def accelerate(folder: Path, steps: int) -> None:
@@ -195,8 +213,9 @@ def require_start(newest: Any, steps: int) -> None:
 
 
 TRIALS = {
-    "class": lambda folder, steps: trainer(folder, steps, as_class=True),
-    "callback": lambda folder, steps: trainer(folder, steps, as_class=False),
+    "class": lambda folder, steps: trainer(folder, steps, llama(), as_class=True),
+    "callback": lambda folder, steps: trainer(folder, steps, llama(), as_class=False),
+    "PEFT": adapter,
     "Accelerate": accelerate,
     "Saver": saver,
     "Lightning": lightning,

@@ -107,11 +107,13 @@ def adapter(folder: Path, steps: int) -> None:
 def accelerate(folder: Path, steps: int) -> None:
     """A loop with Accelerate."""
     import torch
-    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 
     import ckpt
     from ckpt.trainers.accelerate import load_state, save_state
 
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(cpu=True, backend="gloo")  # or each rank takes itself for the only one
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_config()))
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -127,7 +129,8 @@ def accelerate(folder: Path, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step % 2 == 0:
-            save_state(accelerator, folder, retention=ckpt.Retention(last=2))
+            saved = save_state(accelerator, folder, retention=ckpt.Retention(last=2))
+            assert {f"random_states_{rank}.pkl" for rank in (0, 1)} <= set(os.listdir(saved))
 
 
 def saver(folder: Path, steps: int) -> None:

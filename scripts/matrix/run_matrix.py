@@ -222,7 +222,8 @@ class Environment:
 def _reason(text: str) -> str:
     """The line that says most of what went wrong."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"(\[rank\d\]: )?[\w.]*(Error|Exception)\b", line)]
+    error = r"(\[rank\d\]: )?[\w.]*(Error|Exception)\b|.*: not whole$"
+    errors = [line for line in lines if re.match(error, line)]
     line = next((line for line in errors if "ChildFailed" not in line), "")
     return (line or (lines[-1] if lines else "it said nothing"))[:200]
 

@@ -55,7 +55,7 @@ def rows() -> list[dict[str, list[int]]]:
     return [{"input_ids": each, "labels": each} for each in numbers]
 
 
-def trainer(folder: Path, steps: int, model: Any, *, as_class: bool) -> None:
+def trainer(folder: Path, steps: int, model: Any, *, as_class: bool, optimizer: Any = None) -> None:
     """The Hugging Face Trainer, by the class or by the callback."""
     from transformers import Trainer, TrainingArguments
 
@@ -79,7 +79,13 @@ def trainer(folder: Path, steps: int, model: Any, *, as_class: bool) -> None:
     )
     kind = Committed if as_class else Trainer
     callbacks = [] if as_class else [CheckpointCallback(retention=ckpt.Retention(last=2))]
-    trained = kind(model=model, args=arguments, train_dataset=rows(), callbacks=callbacks)
+    trained = kind(
+        model=model,
+        args=arguments,
+        train_dataset=rows(),
+        callbacks=callbacks,
+        optimizers=(optimizer, None),
+    )
     newest = ckpt.find(folder)
     require_start(newest, steps)
     trained.train(resume_from_checkpoint=None if newest is None else str(newest))
@@ -101,7 +107,12 @@ def adapter(folder: Path, steps: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     # a half of the weights of an adapter is zeros by default, whatever was loaded
     settings = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
-    trainer(folder, steps, get_peft_model(model, settings), as_class=True)
+    model = get_peft_model(model, settings)
+    # The Trainer's own has a group of biases, which are none here. DeepSpeed takes an empty group
+    # away, and with transformers 4.57 and torch 2.13 the scheduler then fails, without ckpt too.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    trainer(folder, steps, model, as_class=True, optimizer=optimizer)
 
 
 def accelerate(folder: Path, steps: int) -> None:

@@ -22,7 +22,7 @@ FILE = "adapter_model.safetensors"
 def main() -> None:
     run, base, adapter, merged = map(Path, sys.argv[1:])
     ours, saved = load_file(adapter / FILE), load_file(str(ckpt.find(run)) + "/" + FILE)
-    assert ours.keys() == saved.keys() and len(ours) == 8
+    assert ours.keys() == saved.keys() and len(ours) == 16  # 8 of them biases
     assert all(torch.equal(ours[name].bfloat16(), saved[name].bfloat16()) for name in saved)
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)

@@ -33,7 +33,7 @@ def zero_config(stage: int | None = None) -> dict[str, Any]:
     }
 
 
-def llama() -> Any:
+def llama(**more: Any) -> Any:
     """A tiny model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,6 +45,7 @@ def llama() -> Any:
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=2,
+            **more,
         )
     )
 
@@ -55,7 +56,7 @@ def rows() -> list[dict[str, list[int]]]:
     return [{"input_ids": each, "labels": each} for each in numbers]
 
 
-def trainer(folder: Path, steps: int, model: Any, *, as_class: bool, optimizer: Any = None) -> None:
+def trainer(folder: Path, steps: int, model: Any, *, as_class: bool) -> None:
     """The Hugging Face Trainer, by the class or by the callback."""
     from transformers import Trainer, TrainingArguments
 
@@ -79,13 +80,7 @@ def trainer(folder: Path, steps: int, model: Any, *, as_class: bool, optimizer: 
     )
     kind = Committed if as_class else Trainer
     callbacks = [] if as_class else [CheckpointCallback(retention=ckpt.Retention(last=2))]
-    trained = kind(
-        model=model,
-        args=arguments,
-        train_dataset=rows(),
-        callbacks=callbacks,
-        optimizers=(optimizer, None),
-    )
+    trained = kind(model=model, args=arguments, train_dataset=rows(), callbacks=callbacks)
     newest = ckpt.find(folder)
     require_start(newest, steps)
     trained.train(resume_from_checkpoint=None if newest is None else str(newest))
@@ -101,18 +96,19 @@ def adapter(folder: Path, steps: int) -> None:
     base = folder.with_name("base")
     if os.environ["RANK"] == "0" and not base.exists():
         torch.manual_seed(0)
-        llama().save_pretrained(base)
+        llama(attention_bias=True).save_pretrained(base)
     torch.distributed.init_process_group("gloo")
     torch.distributed.barrier()
     model = AutoModelForCausalLM.from_pretrained(base)
-    # a half of the weights of an adapter is zeros by default, whatever was loaded
-    settings = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
-    model = get_peft_model(model, settings)
-    # The Trainer's own has a group of biases, which are none here. DeepSpeed takes an empty group
-    # away, and with transformers 4.57 and torch 2.13 the scheduler then fails, without ckpt too.
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
-    trainer(folder, steps, model, as_class=True, optimizer=optimizer)
+    # Without trained biases one of the Trainer's two param groups is empty. DeepSpeed removes it,
+    # and with transformers before 5 and torch 2.13 the scheduler fails then, without ckpt too.
+    settings = LoraConfig(
+        target_modules=["q_proj", "v_proj"],
+        r=4,
+        bias="all",
+        init_lora_weights=False,  # by default a half of them is zeros, whatever was loaded
+    )
+    trainer(folder, steps, get_peft_model(model, settings), as_class=True)
 
 
 def accelerate(folder: Path, steps: int) -> None:

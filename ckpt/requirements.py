@@ -32,7 +32,7 @@ OLDEST = {
 OLDEST_BESIDES = {"peft": "0.14", "torch": "2.4"}
 OLDEST_TORCH_OF_RESUME = "2.6"  # by the Trainer
 
-_named: set[str] = set()  # libraries that this process has warned of
+_old_libraries: set[str] = set()  # libraries that this process has warned of
 
 
 def require(work: str, *libraries: str) -> None:
@@ -100,10 +100,10 @@ def warn_of_old(releases: Mapping[str, str]) -> None:
     is_first = os.environ.get("RANK", "0") == "0"
     for library, release in releases.items():
         oldest = bounds.get(library)
-        if oldest is None or library in _named or numbers(release) >= numbers(oldest):
+        if oldest is None or library in _old_libraries or numbers(release) >= numbers(oldest):
             continue
 
-        _named.add(library)
+        _old_libraries.add(library)
         if is_first:
             log.warning(
                 "%s %s is older than %s, the oldest that ckpt was run with; install a newer one, "

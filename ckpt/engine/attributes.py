@@ -7,8 +7,8 @@ any more, in a second and without an engine:
 
 A line of ``TABLE`` is a source file of DeepSpeed, a class in it ("-": the module), and
 names that are defined there: methods, properties, fields, what is assigned to ``self``
-or a parameter, or the text of a constant, by which DeepSpeed sets an attribute. A name in brackets is one that older versions lack
-and that is asked for before it is used.
+or a parameter, or the text of a constant, by which DeepSpeed sets an attribute. A name
+in brackets is one that older versions lack and that is asked for before it is used.
 """
 
 from __future__ import annotations

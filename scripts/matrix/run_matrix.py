@@ -90,7 +90,7 @@ class Row:
 
 ROWS = (
     Row("newest"),
-    Row("torch 2.15", {"torch": "2.15.0"}),
+    Row("torch 2.14", {"torch": "2.14.1"}),
     Row("transformers 4.57", {"transformers": "4.57.6", "huggingface_hub": "0.36.0"}),
     # By itself it fails in the first step of stages 1 and 2 with torch 2.13: "Output 0 of Split
     # is a view and is being modified inplace", in its all_gather_into_tensor_dp_groups.

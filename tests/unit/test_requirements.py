@@ -94,7 +94,7 @@ def test_a_torch_with_which_the_trainer_cannot_resume_is_named(
 def test_what_a_training_has_and_is_too_old_is_said_once(
     monkeypatch: pytest.MonkeyPatch, logged: Callable[[], str]
 ) -> None:
-    monkeypatch.setattr(requirements, "_named", set())
+    monkeypatch.setattr(requirements, "_old_libraries", set())
     monkeypatch.delenv("RANK", raising=False)
     new = {**requirements.OLDEST, **requirements.OLDEST_BESIDES, "ckpt": "0.1", "python": "3.10"}
     requirements.warn_of_old(new)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -27,7 +28,11 @@ OLDEST = {
     "transformers": "4.51",
 }
 
+# What no front end asks for: a training may have it.
+OLDEST_BESIDES = {"peft": "0.14", "torch": "2.4"}
 OLDEST_TORCH_OF_RESUME = "2.6"  # by the Trainer
+
+_old_libraries: set[str] = set()  # libraries that this process has warned of
 
 
 def require(work: str, *libraries: str) -> None:
@@ -83,6 +88,30 @@ def warn_of_old_torch() -> None:
             release,
             OLDEST_TORCH_OF_RESUME,
         )
+
+
+def warn_of_old(releases: Mapping[str, str]) -> None:
+    """Logs, on rank 0 and once a process, which of a training's libraries are older
+    than any that ckpt was run with; ``releases`` are their versions by name.
+
+    ``ckpt.Saver`` may well work with them.
+    """
+    bounds = {**OLDEST, **OLDEST_BESIDES}
+    is_first = os.environ.get("RANK", "0") == "0"
+    for library, release in releases.items():
+        oldest = bounds.get(library)
+        if oldest is None or library in _old_libraries or numbers(release) >= numbers(oldest):
+            continue
+
+        _old_libraries.add(library)
+        if is_first:
+            log.warning(
+                "%s %s is older than %s, the oldest that ckpt was run with; install a newer one, "
+                "or make sure that a checkpoint of yours can be resumed from and converted",
+                library,
+                release,
+                oldest,
+            )
 
 
 def is_of_torch(error: ModuleNotFoundError) -> bool:

@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with using(of_commands):
             paths = _convert(
-                checkpoint.weights(Path(options.checkpoint_dir), options.tag),
+                _source(options.checkpoint_dir, options.tag),
                 Path(options.output_dir),
                 DType.F32,
                 arguments.shard_bytes(options.max_shard_size, "output"),

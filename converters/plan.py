@@ -178,7 +178,7 @@ class ParsedSize(int):
     """A size in bytes that was parsed, and asked back if need be, before."""
 
 
-def parse_size(size_or_text: str | int) -> ParsedSize:
+def parse_size(size_or_text: str | float) -> ParsedSize:
     """Bytes of 5GB (10^9, as the Hugging Face tools count), 2GiB, 300B, or of a number.
 
     ``ValueError`` for what is not a size, and for a number without a unit that can
@@ -186,6 +186,8 @@ def parse_size(size_or_text: str | int) -> ParsedSize:
     """
     if isinstance(size_or_text, ParsedSize):
         return size_or_text
+    if isinstance(size_or_text, float) and size_or_text.is_integer():  # 5e9
+        size_or_text = int(size_or_text)
 
     text = str(size_or_text).strip()
     parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?(B?)", text.upper())

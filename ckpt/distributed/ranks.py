@@ -88,6 +88,23 @@ class RankGroup:
             self.report_failure(CheckpointError(f"stopped by {type(error).__name__}", "output"))
             raise
 
+    def require_counted(self, trainer: str, process: int, count: int, remedy: str) -> None:
+        """``CheckpointError`` where a trainer takes this rank for another one.
+
+        Accelerate counts one process where it finds no accelerator and is not told to
+        use the CPU (1.15 ``state.py: PartialState``, ``self.backend is None``), while
+        DeepSpeed has all ranks. Then each rank writes what the first one should write,
+        all of them into the same files.
+        """
+        if (process, count) != (self.rank, self.world):
+            raise CheckpointError(
+                f"for {trainer} this is process {process} of {count}, and for torch.distributed "
+                f"rank {self.rank} of {self.world}, so that several ranks would write the same "
+                "files and train on the same data; start the training with torchrun or accelerate "
+                f"launch, and on a machine without a GPU {remedy}",
+                "refused",
+            )
+
     def heartbeat(self, raise_failures: bool = False) -> None:
         """Shows the others, once a second at most, that this rank is alive.
 

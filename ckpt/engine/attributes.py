@@ -7,9 +7,8 @@ any more, in a second and without an engine:
 
 A line of ``TABLE`` is a source file of DeepSpeed, a class in it ("-": the module), and
 names that are defined there: methods, properties, fields, what is assigned to ``self``
-or a parameter, or the text of a constant, by which DeepSpeed sets an attribute. The
-names were read in DeepSpeed 0.19.8. A name in brackets is one that older versions lack
-and that is asked for before it is used.
+or a parameter, or the text of a constant, by which DeepSpeed sets an attribute. A name
+in brackets is one that older versions lack and that is asked for before it is used.
 """
 
 from __future__ import annotations
@@ -17,11 +16,14 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from converters.errors import CheckpointError
 
+VERSION = "0.19.8"  # in which they were read
 TABLE = """
 runtime/engine.py DeepSpeedEngine
     optimizer lr_scheduler checkpoint_engine config device global_rank
@@ -159,6 +161,21 @@ def require() -> None:
             "newer ckpt",
             "unsupported",
         )
+
+
+@cache
+def require_of_other_version() -> None:
+    """``require``, once a process, where DeepSpeed is of another version than
+    ``VERSION``: its sources are read, which takes 0.3 seconds."""
+    if find_spec("deepspeed") is None:
+        return  # what is asked is no engine of DeepSpeed's
+
+    try:
+        release = version("deepspeed")
+    except PackageNotFoundError:  # a copy of a source tree
+        release = ""
+    if release != VERSION:
+        require()
 
 
 def _package() -> Path:

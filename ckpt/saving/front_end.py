@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt import text
+from ckpt import requirements, text
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine.progress import metrics, record, versions
 from ckpt.engine.settings import ENGINE_ALONE, Loop
@@ -104,6 +104,7 @@ class RunFolder:
         ``is_local`` is what DeepSpeed's configuration or the Trainer's arguments say.
         ``CheckpointError`` on every rank where that is not what is found.
         """
+        requirements.warn_of_old(versions())
         return cls(path, nodes.find(ranks, path, is_local), Lease())
 
     def hold(self, ranks: RankGroup) -> None:

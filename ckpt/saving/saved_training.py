@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from ckpt.distributed.ranks import RankGroup
+from ckpt.engine import attributes
 from ckpt.engine.view import EngineView, TrainingEngine, require_engine
 from ckpt.runs.lineage import Line
 from ckpt.saving import capture
@@ -153,6 +154,8 @@ def require_either(engine: object, model: Any, optimizer: Any, scheduler: Any) -
     engines = engine.values() if isinstance(engine, Mapping) else [engine]
     for value in engines if engine is not None else ():
         require_engine(value, alternative)
+    if engine is not None:
+        attributes.require_of_other_version()
 
 
 def require_run(run: str | os.PathLike[str]) -> Path:

@@ -86,9 +86,9 @@ def save_state(
     not apply, and its counter does not move. ``CheckpointError`` on every rank if one
     fails; then nothing is committed, and what was before is untouched.
     """
+    ranks = _ranks_of(accelerator, "save_state", timeout)
     engine, folder = _first_engine(accelerator), Path(run).absolute()
     plain_engine = engine if isinstance(engine, PlainEngine) else None
-    ranks = RankGroup("save_state", timeout)
     run_folder = _run_folder(ranks, folder, accelerator)
 
     with ranks.step():
@@ -124,6 +124,19 @@ def save_state(
 
     run_folder.publish(retention, save.final, save.line)
     return save.final
+
+
+def _ranks_of(accelerator: Any, call: str, timeout: float) -> RankGroup:
+    """All ranks; ``CheckpointError`` where the accelerator counts others."""
+    ranks = RankGroup(call, timeout)
+    with ranks.step():
+        ranks.require_counted(
+            "the Accelerator",
+            accelerator.process_index,
+            accelerator.num_processes,
+            "call accelerate.PartialState(cpu=True) before it is made",
+        )
+    return ranks
 
 
 def _run_folder(ranks: RankGroup, folder: Path, accelerator: Any) -> RunFolder:
@@ -178,7 +191,7 @@ def load_state(
     random states that are missing, for success. ``CheckpointError`` on every rank if
     one fails.
     """
-    ranks = RankGroup("load_state", timeout)
+    ranks = _ranks_of(accelerator, "load_state", timeout)
     options = LoadOptions(
         names_in(override),
         dict(renamed or {}),

@@ -29,13 +29,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/versions.md"
 BEGIN, END = "<!-- matrix begins -->", "<!-- matrix ends -->"
 SHOWN = (
-    *("torch", "deepspeed", "transformers", "accelerate", "lightning"),
+    *("torch", "deepspeed", "transformers", "accelerate", "lightning", "peft"),
     *("huggingface_hub", "hf_xet"),
 )
-TRAININGS = ("class", "callback", "Accelerate", "Lightning", "Saver")
+TRAININGS = ("class", "callback", "PEFT", "Accelerate", "Lightning", "Saver")
 COLUMNS = ("convert", "push, pull", *TRAININGS)
 CLIENT = ("push, pull",)
-WITHOUT_TRAINER = tuple(name for name in COLUMNS if name not in ("class", "callback"))
+WITHOUT_TRAINER = tuple(name for name in COLUMNS if name not in ("class", "callback", "PEFT"))
 MAX_SECONDS = 900  # of one cell; the first training of a row compiles an extension of DeepSpeed
 # What the newest row pins, and every other one where it says nothing else. torch is the same in
 # all but the last: older versions are on PyPI with CUDA only, which takes 5 GB of disk.
@@ -45,6 +45,7 @@ NEWEST = {
     "transformers": "5.24.0",
     "accelerate": "1.15.0",
     "lightning": "2.6.6",
+    "peft": "0.21.2",
     "huggingface_hub": "2.4.0",
 }
 OLDEST = {  # the lower bounds of the extras
@@ -52,6 +53,7 @@ OLDEST = {  # the lower bounds of the extras
     "transformers": "4.51.0",
     "accelerate": "1.0.0",
     "lightning": "2.5.0",
+    "peft": "0.14.0",
     "huggingface_hub": "0.30.0",
 }
 SERVER = (  # the local Hub
@@ -88,6 +90,7 @@ class Row:
 
 ROWS = (
     Row("newest"),
+    Row("torch 2.14", {"torch": "2.14.1"}),
     Row("transformers 4.57", {"transformers": "4.57.6", "huggingface_hub": "0.36.0"}),
     # By itself it fails in the first step of stages 1 and 2 with torch 2.13: "Output 0 of Split
     # is a view and is being modified inplace", in its all_gather_into_tensor_dp_groups.
@@ -203,13 +206,25 @@ class Environment:
             self.ranks(column, out, 2, stage)
             or self.ranks(column, out, 4, stage)
             or self.run("-m", "ckpt", "verify", out, "--data")
+            or (self.adapters(out) if column == "PEFT" else "")
+        )
+
+    def adapters(self, out: Path) -> str:
+        """The adapter that a run has trained, as PEFT loads it, and merged into its base."""
+        base, adapter, merged = (self.folder / name for name in ("base", "adapter", "merged"))
+        convert = ("-m", "ckpt", "to-fp32", out, "--last", "-o")
+        return (
+            self.run(*convert, adapter)
+            or self.run(*convert, merged, "--merge", "--base", base)
+            or self.run(ROOT / "scripts/matrix/adapter_trial.py", out, base, adapter, merged)
         )
 
 
 def _reason(text: str) -> str:
     """The line that says most of what went wrong."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"(\[rank\d\]: )?[\w.]*(Error|Exception)\b", line)]
+    error = r"(\[rank\d\]: )?[\w.]*(Error|Exception)\b|.*: not whole$"
+    errors = [line for line in lines if re.match(error, line)]
     line = next((line for line in errors if "ChildFailed" not in line), "")
     return (line or (lines[-1] if lines else "it said nothing"))[:200]
 

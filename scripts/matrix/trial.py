@@ -33,7 +33,7 @@ def zero_config(stage: int | None = None) -> dict[str, Any]:
     }
 
 
-def llama() -> Any:
+def llama(**more: Any) -> Any:
     """A tiny model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,6 +45,7 @@ def llama() -> Any:
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=2,
+            **more,
         )
     )
 
@@ -55,7 +56,7 @@ def rows() -> list[dict[str, list[int]]]:
     return [{"input_ids": each, "labels": each} for each in numbers]
 
 
-def trainer(folder: Path, steps: int, *, as_class: bool) -> None:
+def trainer(folder: Path, steps: int, model: Any, *, as_class: bool) -> None:
     """The Hugging Face Trainer, by the class or by the callback."""
     from transformers import Trainer, TrainingArguments
 
@@ -79,21 +80,47 @@ def trainer(folder: Path, steps: int, *, as_class: bool) -> None:
     )
     kind = Committed if as_class else Trainer
     callbacks = [] if as_class else [CheckpointCallback(retention=ckpt.Retention(last=2))]
-    trained = kind(model=llama(), args=arguments, train_dataset=rows(), callbacks=callbacks)
+    trained = kind(model=model, args=arguments, train_dataset=rows(), callbacks=callbacks)
     newest = ckpt.find(folder)
     require_start(newest, steps)
     trained.train(resume_from_checkpoint=None if newest is None else str(newest))
     assert trained.state.global_step == steps
 
 
+def adapter(folder: Path, steps: int) -> None:
+    """A LoRA training of a base model that lies beside the run."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = folder.with_name("base")
+    if os.environ["RANK"] == "0" and not base.exists():
+        torch.manual_seed(0)
+        llama(attention_bias=True).save_pretrained(base)
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    # Without trained biases one of the Trainer's two param groups is empty. DeepSpeed removes it,
+    # and with transformers before 5 and torch 2.13 the scheduler fails then, without ckpt too.
+    settings = LoraConfig(
+        target_modules=["q_proj", "v_proj"],
+        r=4,
+        bias="all",
+        init_lora_weights=False,  # by default a half of them is zeros, whatever was loaded
+    )
+    trainer(folder, steps, get_peft_model(model, settings), as_class=True)
+
+
 def accelerate(folder: Path, steps: int) -> None:
     """A loop with Accelerate."""
     import torch
-    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 
     import ckpt
     from ckpt.trainers.accelerate import load_state, save_state
 
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(cpu=True, backend="gloo")  # or each rank takes itself for the only one
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_config()))
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -109,7 +136,8 @@ def accelerate(folder: Path, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step % 2 == 0:
-            save_state(accelerator, folder, retention=ckpt.Retention(last=2))
+            saved = save_state(accelerator, folder, retention=ckpt.Retention(last=2))
+            assert {f"random_states_{rank}.pkl" for rank in (0, 1)} <= set(os.listdir(saved))
 
 
 def saver(folder: Path, steps: int) -> None:
@@ -195,8 +223,9 @@ def require_start(newest: Any, steps: int) -> None:
 
 
 TRIALS = {
-    "class": lambda folder, steps: trainer(folder, steps, as_class=True),
-    "callback": lambda folder, steps: trainer(folder, steps, as_class=False),
+    "class": lambda folder, steps: trainer(folder, steps, llama(), as_class=True),
+    "callback": lambda folder, steps: trainer(folder, steps, llama(), as_class=False),
+    "PEFT": adapter,
     "Accelerate": accelerate,
     "Saver": saver,
     "Lightning": lightning,

@@ -1,15 +1,16 @@
 """Runs other projects' own tests twice, as they are and with ckpt in the place of what they test.
 
-    python scripts/peers/run_peers.py picklescan
+    python scripts/peers/run_peers.py picklescan --from ~/src/picklescan
     python scripts/peers/run_peers.py safetensors --from ~/src/safetensors
     python scripts/peers/run_peers.py deepspeed --from ~/src/DeepSpeed --swap save
     python scripts/peers/run_peers.py safetensors --from ~/src/safetensors -k slice --timeout 300
 
 The tests come from a folder that is given (a checkout, or an unpacked source distribution), or
 from the source distribution of the installed version, which pip downloads. The source
-distributions of DeepSpeed and safetensors cannot serve: the first has no tests, and pip needs
-a compiler of Rust for the second. Clone these at the tag of the installed version; tests of
-another version fail for reasons of their own.
+distributions of DeepSpeed, of safetensors and of picklescan 1.0 cannot serve: the first has no
+tests, pip needs a compiler of Rust for the second, and the third lacks the files that its tests
+scan. Clone these at the tag of the installed version; tests of another version fail for reasons
+of their own.
 
 The tests are copied to a temporary folder and run there by pytest. What passes as it is, and not
 with ckpt, is listed; the exit code is 1 if anything is, but for what differs by design. A case
@@ -132,8 +133,19 @@ def tests_of(peer: Peer, source: Path | None, scratch: Path) -> Path:
             f"{version_of(peer)} and name it with --from"
         )
 
+    if peer.plugin is None and all(path.suffix == ".py" for path in files_below(folder)):
+        sys.exit(
+            f"{folder} has none of the files that are opened: clone {peer.package} and name it "
+            "with --from"
+        )
+
     warn_of_version(peer, source)
     return shutil.copytree(folder, scratch / "tests")
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder."""
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def warn_of_version(peer: Peer, source: Path) -> None:

@@ -158,6 +158,7 @@ def test_commands_that_read_work(run: Run, system: str, out: Path) -> None:
     assert shown["stage"] == 3
     listed = json.loads(run(system, "ls", out, "--json", folder=out).stdout)
     assert [entry["step"] for entry in listed["checkpoints"]] == [1, 2]
+    assert run(system, "latest", out, folder=out).stdout == f"{checkpoint}\n"
     verified = json.loads(run(system, "verify", out, "--data", "--json", folder=out).stdout)
     assert all(entry["whole"] for entry in verified["checkpoints"])
 
@@ -192,11 +193,44 @@ def test_states_are_resharded(run: Run, system: str, tmp_path: Path) -> None:
     source = FIXTURES / "zero2-bf16-w2"
     run(system, "reshard", source, "--world-size", "3", "-o", "three", folder=tmp_path)
     run(system, "to-universal", source, "-o", "universal", folder=tmp_path)
+    ranks = ("--world-size", "2", "-o")
+    run(system, "from-universal", "universal", *ranks, "native", folder=tmp_path)
+    run(system, "to-dcp", source, "-o", "dcp", folder=tmp_path)
+    run(system, "from-dcp", "dcp", "--stage", "2", *ranks, "from-dcp", folder=tmp_path)
+    for path in ("universal", "native", "dcp", "from-dcp"):
+        run(system, "to-fp32", path, "-o", f"{path}-fp32", folder=tmp_path)
     if IMITATED:
         plainly("reshard", source, "--world-size", "3", "-o", "expected", folder=tmp_path)
         three, expected = contents(tmp_path / "three"), contents(tmp_path / "expected")
         assert three.keys() == expected.keys()
         assert all(data == expected[name] for name, data in three.items() if name.endswith(".pt"))
+
+
+@pytest.mark.hub
+@pytest.mark.skipif(not IMITATED, reason="the local Hub is made for Linux")
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_checkpoints_and_models_are_pushed_and_pulled(
+    system: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hub_server import hub
+
+    folder = out.parent
+    plainly("to-fp32", out / "checkpoint-2", "-o", "model", folder=folder)
+    with hub(folder / "server") as server:
+        for name, value in {**server.env(), "XDG_CACHE_HOME": str(folder / "cache")}.items():
+            monkeypatch.setenv(name, value)
+        with imitation(system) as there:
+            for command in (
+                *("push model org/model", "push out/checkpoint-2 org/checkpoint"),
+                *("pull org/model pulled-model", "pull org/checkpoint pulled-checkpoint"),
+            ):
+                done = there.run(command.split(), folder)
+                assert not done.returncode, done.stderr
+
+    model = contents(folder / "model")
+    for name in ("pulled-model", "pulled-checkpoint"):
+        pulled = contents(folder / name)
+        assert pulled["model.safetensors"] == model["model.safetensors"]
 
 
 @pytest.mark.skipif(not IMITATED, reason="on the system itself only one of the two is there")
@@ -279,7 +313,11 @@ def _is_text_without_encoding(call: ast.Call) -> bool:
     return False
 
 
-HOSTILE = ("a\\b", "..\\a", "C:a", "C:\\a", "model.safetensors:stream")
+HOSTILE = (
+    *("a\\b", "..\\a", "C:a", "C:\\a", "model.safetensors:stream"),
+    *("nul", "CON.safetensors", "Aux .pt", "lpt1.tar.gz", "COM\u00b9", "model.", "model "),
+)
+FIT = ("null", "console.json", "com", "lpt10", "auxiliary.pt", ".nul", "model.safetensors")
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, "/a", "..", "a\0b"])
@@ -289,6 +327,7 @@ def test_no_name_leads_out_of_its_folder_on_windows(
     monkeypatch.setattr(names, "FORBIDDEN", "/\0\\:")
     assert not names.is_name(name) and not fields.is_inside(f"folder/{name}")
     assert items.unfit(f"folder/{name}") is not None
+    assert all(map(names.is_name, FIT))
 
 
 def test_an_index_cannot_name_a_file_on_another_drive(

@@ -158,9 +158,12 @@ def test_a_size_that_nobody_means_is_asked_back(size: str | int, advice: str) ->
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [("5B", 5), (300, 300), ("5000000", 5_000_000), ("5 GB", 5 * 10**9), ("2GiB", 2 << 30)],
+    [
+        *[("5B", 5), (300, 300), (2e4, 20_000), ("5000000", 5_000_000)],
+        *[("5 GB", 5 * 10**9), ("2GiB", 2 << 30), (5e9, 5 * 10**9)],
+    ],
 )
-def test_a_size_with_a_unit_is_taken(size: str | int, expected: int) -> None:
+def test_a_size_with_a_unit_is_taken(size: str | float, expected: int) -> None:
     assert parse_size(size) == expected
 
 

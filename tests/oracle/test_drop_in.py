@@ -165,6 +165,16 @@ def test_it_runs_as_the_script_in_a_checkpoint_does(tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "path", ["pipelines-and-experts/pipeline-zero1", "corpus/moe_s2", "corpus/tp_z2_w4"]
+)
+def test_the_script_reads_what_the_functions_read(path: str, tmp_path: Path) -> None:
+    script(FIXTURES / path, "m", cwd=tmp_path)
+    ours.convert_zero_checkpoint_to_fp32_state_dict(FIXTURES / path, tmp_path / "expected")
+    paths = [tmp_path / folder / "pytorch_model.bin" for folder in ("m", "expected")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "{m}.pt", "model.safetensors"])
 def test_an_output_that_is_named_as_a_file_is_one_file(name: str, tmp_path: Path) -> None:
     path = source("zero2-bf16-w3")

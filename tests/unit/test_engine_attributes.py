@@ -17,6 +17,7 @@ from syntax_trees import nodes
 
 from ckpt.engine import attributes, partitions, view
 from ckpt.engine.view import EngineView, Internals, TrainingEngine
+from ckpt.saving import saved_training
 from converters.errors import CheckpointError
 
 NAMES = {attribute.name for attribute in attributes.relied_on()}
@@ -77,6 +78,11 @@ def test_the_installed_deepspeed_has_every_attribute() -> None:
     attributes.require()
 
 
+def test_the_version_that_was_read_is_the_one_that_is_tested() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text("utf-8")
+    assert f'"deepspeed=={attributes.VERSION}"' in pyproject
+
+
 @pytest.mark.oracle
 def test_what_an_upgrade_drops_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = attributes._package()
@@ -112,6 +118,15 @@ def test_what_an_upgrade_drops_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(attributes, "_package", lambda: tmp_path)
     with pytest.raises(CheckpointError, match=r"does not define DeepSpeedZeroOptimizer_Stage3\."):
         attributes.require()
+
+    attributes.require_of_other_version.cache_clear()
+    attributes.require_of_other_version()  # which reads none of these files
+    attributes.require_of_other_version.cache_clear()
+    monkeypatch.setattr(attributes, "version", lambda _: "0.20.0")
+    engine = SimpleNamespace(module=None, zero_optimization_stage=int)
+    with pytest.raises(CheckpointError, match="does not define"):
+        saved_training.require_either(engine, None, None, None)
+    attributes.require_of_other_version.cache_clear()
 
 
 def test_no_other_room_knows_deepspeeds_attributes() -> None:

@@ -91,6 +91,21 @@ def test_a_torch_with_which_the_trainer_cannot_resume_is_named(
     assert not logged()
 
 
+def test_what_a_training_has_and_is_too_old_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, logged: Callable[[], str]
+) -> None:
+    monkeypatch.setattr(requirements, "_old_libraries", set())
+    monkeypatch.delenv("RANK", raising=False)
+    new = {**requirements.OLDEST, **requirements.OLDEST_BESIDES, "ckpt": "0.1", "python": "3.10"}
+    requirements.warn_of_old(new)
+    assert not logged()
+    for library, oldest in {**requirements.OLDEST, **requirements.OLDEST_BESIDES}.items():
+        requirements.warn_of_old({**new, library: "0.9.1"})
+        assert f"{library} 0.9.1 is older than {oldest}, the oldest that ckpt was" in logged()
+    requirements.warn_of_old({"torch": "0.9.1"})
+    assert not logged()
+
+
 @pytest.mark.commands  # a process imports torch
 def test_a_front_end_asks_before_it_imports_anything() -> None:
     """Also where the import itself would fail with the old version.
@@ -143,16 +158,18 @@ def test_the_classifiers_name_every_python_that_ci_runs() -> None:
     assert all(f'"{python}"' in workflow for python in named)
 
 
-def test_the_oldest_row_of_the_matrix_has_the_lower_bounds() -> None:
+def test_the_oldest_rows_of_the_matrix_have_the_lower_bounds() -> None:
     path = ROOT / "scripts/matrix/run_matrix.py"
     spec = spec_from_file_location("run_matrix", path)
     assert spec is not None and spec.loader is not None
     matrix = sys.modules["run_matrix"] = module_from_spec(spec)
     spec.loader.exec_module(matrix)
-    (oldest,) = (row for row in matrix.ROWS if row.name == "oldest")
-    bounds = {name: requirements.numbers(bound) for name, bound in requirements.OLDEST.items()}
+    oldest = {row.name: row.versions for row in matrix.ROWS}
+    bounds = {**requirements.OLDEST, **requirements.OLDEST_BESIDES}
     del bounds["pytorch_lightning"]
-    assert {name: requirements.numbers(oldest.versions[name]) for name in bounds} == bounds
+    rows = [oldest["torch 2.4" if name == "torch" else "oldest"] for name in bounds]
+    found = [row[name] for name, row in zip(bounds, rows, strict=True)]
+    assert [*map(requirements.numbers, found)] == [*map(requirements.numbers, bounds.values())]
 
 
 def test_without_torch_every_public_name_says_that_it_needs_it() -> None:

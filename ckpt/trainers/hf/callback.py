@@ -42,6 +42,7 @@ from ckpt.trainers.hf.trainer_state import (
     is_new_best,
     loop_of,
     publish_beside,
+    require_counted,
     require_known,
     require_states,
     retention_of,
@@ -110,6 +111,7 @@ class CheckpointCallback(TrainerCallback):
         args.save_total_limit = None  # or the Trainer deletes by it
         ranks = RankGroup("CheckpointCallback", self.timeout)
         with ranks.step():
+            require_counted(ranks, args)
             _require_callbacks_told(args)
             engine = _shown_engine(args, state, objects, ranks.rank)
             is_local = False

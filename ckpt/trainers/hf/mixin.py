@@ -54,6 +54,7 @@ from ckpt.trainers.hf.trainer_state import (
     name_best,
     publish_beside,
     remove_empty_weights,
+    require_counted,
     require_known,
     require_states,
     retention_of,
@@ -122,11 +123,11 @@ class CommittedCheckpoints(MappedCheckpoints):
         self.args.save_total_limit = None  # it deletes at the end of a training too
         ranks, engine = RankGroup("train", self.timeout), self._engine()
         with ranks.step():
+            require_counted(ranks, self.args)
             require_alone(self.callback_handler.callbacks)
             self._weight_bytes = self._count_weight_bytes(ranks, engine)
 
-        run = Path(super()._get_output_dir(None)).absolute()
-        run_folder = self._run_folder(ranks, run)
+        run_folder = self._run_folder(ranks, Path(super()._get_output_dir(None)).absolute())
         # whose trials have folders of their own
         if not self.state.is_hyper_param_search:
             run_folder.hold(ranks)

@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ckpt.distributed.ranks import RankGroup
 from ckpt.engine.layout import degrees_of
 from ckpt.engine.settings import Loop
 from ckpt.engine.view import EngineView, gathers_16bit_weights, has_stage
@@ -122,6 +123,12 @@ def name_best(state: Any, args: Any, folder: Path, final: str) -> None:
 
     if args.should_save and state.best_model_checkpoint != best_before:
         state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+
+def require_counted(ranks: RankGroup, args: Any) -> None:
+    """``CheckpointError`` where the Trainer takes this rank for another one."""
+    remedy = "set use_cpu=True in the Trainer's arguments"
+    ranks.require_counted("the Trainer", args.process_index, args.world_size, remedy)
 
 
 def write_random_states(inner_folder: Path, rank: int, args: Any) -> dict[str, FileRecord]:

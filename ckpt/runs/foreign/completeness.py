@@ -40,6 +40,7 @@ from converters.errors import CheckpointError, unreadable
 from converters.lazy_pattern import LazyPattern
 from converters.source import Source
 from converters.storage import open_files
+from converters.storage.store import File
 from converters.words import counted
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.discovery import is_tag_folder
@@ -70,7 +71,7 @@ def step_of(path: Path) -> int | None:
     """
     try:
         if path.is_dir() and (path / STATE).is_file():
-            return int(trainer_state(path)["global_step"])
+            return stated_step(path)
         return _proof(path, None).step if path.is_file() or has_tag(path) else None
     except (CheckpointError, OSError):
         return None
@@ -207,6 +208,25 @@ def trainer_state(folder: Path) -> dict[str, Any]:
     return dict(state)
 
 
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """The step that a file says, which is small enough to be kept of every checkpoint."""
+
+    number: int
+
+
+_STEP_NBYTES = 64  # of memory
+
+
+def stated_step(folder: Path) -> int:
+    """The step that the Trainer's state says; as ``trainer_state``."""
+
+    def parse(_: File) -> tuple[_Step, int]:
+        return _Step(int(trainer_state(folder)["global_step"])), _STEP_NBYTES
+
+    return open_files.parsed(folder / STATE, "step", parse).number
+
+
 def history_of(folder: Path) -> History | None:
     """The log of the Trainer at this checkpoint; ``None`` if it is not a Trainer's."""
     if not (folder / STATE).is_file():
@@ -228,8 +248,7 @@ def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
             "incomplete",
         )
 
-    state = trainer_state(folder)
-    step, history = int(state["global_step"]), history_of(folder)
+    step, history = stated_step(folder), history_of(folder)
     rng_ranks = intact_files.require_rng_ranks(folder, entry_names)
     intact_files.require_files(folder, filterfalse(_is_tools_own, entry_names), has_tag(folder))
 

@@ -34,7 +34,7 @@ from ckpt.runs.foreign.proofs import MODEL, OWN, PLAIN_DEEPSPEED, History, Proof
 from ckpt.runs.run import step_in
 from converters import detect
 from converters.accessors import is_whole_number
-from converters.detect import filenames
+from converters.detect import filenames, state_folders
 from converters.detect.deepspeed import PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError, unreadable
 from converters.lazy_pattern import LazyPattern
@@ -113,6 +113,7 @@ def _proof(path: Path, tag: str | None) -> Proof:
         return _lightning_file(path)
 
     entry_names = {entry.name for entry in os.scandir(path)}
+    _require_named_tag(path, entry_names)
     if STATE in entry_names or entry_names & _OF_TRAINER:
         return _of_trainer(path, entry_names)
     if any(re.fullmatch(RANDOM, entry_name) for entry_name in entry_names):
@@ -130,6 +131,20 @@ def _proof(path: Path, tag: str | None) -> Proof:
         return Proof(path, kind)
 
     return _of_functions(path, entry_names)
+
+
+def _require_named_tag(path: Path, entry_names: set[str]) -> None:
+    """``CheckpointError`` where DeepSpeed's ``latest`` names a folder that is not there,
+    and no other one is: all of its files were left behind, or deleted."""
+    if filenames.LATEST not in entry_names or has_tag(path):
+        return
+    tag_name = state_folders.tag_in(path / filenames.LATEST)
+    if tag_name is not None and not (path / tag_name).is_dir():
+        raise CheckpointError(
+            f"{path / filenames.LATEST} names {tag_name!r}, which is not there: the files of "
+            "DeepSpeed were not copied, or were deleted; bring back that folder",
+            "incomplete",
+        )
 
 
 def _of_functions(path: Path, entry_names: set[str]) -> Proof:

@@ -29,7 +29,7 @@ from typing import Any
 from ckpt.folders.filenames import CONVERSION, MANIFEST
 from ckpt.runs.ancestry import record_in
 from ckpt.runs.conversions import conversion_in
-from ckpt.runs.foreign import intact_files, step_records
+from ckpt.runs.foreign import intact_files, signs, step_records
 from ckpt.runs.foreign.proofs import MODEL, OWN, PLAIN_DEEPSPEED, History, Proof
 from ckpt.runs.run import step_in
 from converters import detect
@@ -138,13 +138,11 @@ def _require_named_tag(path: Path, entry_names: set[str]) -> None:
     and no other one is: all of its files were left behind, or deleted."""
     if filenames.LATEST not in entry_names or has_tag(path):
         return
+
     tag_name = state_folders.tag_in(path / filenames.LATEST)
-    if tag_name is not None and not (path / tag_name).is_dir():
-        raise CheckpointError(
-            f"{path / filenames.LATEST} names {tag_name!r}, which is not there: the files of "
-            "DeepSpeed were not copied, or were deleted; bring back that folder",
-            "incomplete",
-        )
+    damage = detect.detect(path).damage
+    if tag_name is not None and damage is not None and not (path / tag_name).is_dir():
+        raise damage
 
 
 def _of_functions(path: Path, entry_names: set[str]) -> Proof:
@@ -257,6 +255,13 @@ def history_of(folder: Path) -> History | None:
 
 
 def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
+    if signs.is_saved_model(folder):
+        raise CheckpointError(
+            f"{folder} holds a state of the engine alone (of trainer.save_model()), from which the "
+            "Trainer cannot go on: ckpt.resume of a loop of your own takes its tag by name; name "
+            "another folder to begin a new training",
+            "incomplete",
+        )
     if STATE not in entry_names:
         raise CheckpointError(
             f"{folder} has no {STATE}, which the Trainer writes last: its save did not finish",

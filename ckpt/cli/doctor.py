@@ -169,8 +169,7 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
     saved = [status for status in native if status.checkpoint.folder not in copied]
     lines_on_copies = copies.remarks(copied)
     hints = [
-        f"ckpt: {run.path}: {line}"
-        for line in (*adoption_hint(saved, run.path), *lines_on_copies)
+        f"ckpt: {run.path}: {line}" for line in (*adoption_hint(saved, run.path), *lines_on_copies)
     ]
     native += [status for status in diagnosis.statuses if not status.complete]
     remarks = trainings.order_remarks(listings.ordered(native), run.path)

@@ -17,6 +17,7 @@ from ckpt.runs.states.status import (
     CheckpointStatus,
     prefix,
 )
+from converters.words import one_line
 
 ALONE = ", of the engine alone (of trainer.save_model())"
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
@@ -166,7 +167,7 @@ def _row(entry: CheckpointEntry) -> tuple[str, ...]:
     part = f" {entry.node}/{entry.nodes}" if has_parts else ""
     metrics = [f"{name}={value:.6g}" for name, value in entry.metrics.items()]
 
-    return (
+    cells = (
         "-" if entry.step is None else str(entry.step),
         entry.name,
         (entry.tier or "-") + part,
@@ -176,6 +177,7 @@ def _row(entry: CheckpointEntry) -> tuple[str, ...]:
         ", ".join(entry.marks) or "-",
         entry.tag or "-",
     )
+    return tuple(map(one_line, cells))
 
 
 def _run(entry: CheckpointEntry) -> str:

@@ -52,7 +52,7 @@ def ls(run: Path, as_json: bool) -> None:
     models = listings.models_beside(run, [status.checkpoint for status in statuses])
     rows = listings.ordered([*statuses, *statuses_of(models, wait=False)])
     if (writer := watch.describe(folder)) is not None:
-        click.echo(f"ckpt: {folder}: {writer}", err=True)
+        planned.say(f"{folder}: {writer}")
 
     result = listing.facts(Run(folder), rows)
     notices = [] if statuses else user_paths.absence(run, user_paths.EITHER)

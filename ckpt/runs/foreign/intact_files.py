@@ -33,6 +33,7 @@ WEIGHTS_NAMES = frozenset(
 )
 TORCH = (".pt", ".pth", ".pkl")
 _TORCH_BINS = ("training_args", *WEIGHTS, "scheduler", "optimizer", "sampler", "dl_state_dict")
+_ZIP = b"PK\x03\x04"
 MAX_INDEX_BYTES = 256 << 20  # of an index, or of .metadata of DCP
 
 
@@ -94,9 +95,11 @@ def require_torch_file(path: Path) -> Any:
         if error.kind not in ("unsupported", "refused"):
             raise
 
-    # of a kind that is not read; its zip says whether it is whole
-    with open_files.opened(path) as file:
-        zip_directory.read(file, path)
+        # of a kind that is not read; its zip, if it is one, says whether it is whole
+        with open_files.opened(path) as file:
+            if file.read([(0, len(_ZIP))])[0] != _ZIP:
+                raise
+            zip_directory.read(file, path)
 
     return None
 

@@ -33,7 +33,7 @@ from ckpt.weights.opening import unusual
 from ckpt.weights.request import DTYPE_NAMES, DTYPES
 from converters.detect import detection
 from converters.detect.deepspeed import PARALLEL
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, shortage
 from converters.execute import shards
 from converters.formats import pytorch_bin, safetensors
 from converters.names import selection
@@ -319,8 +319,9 @@ def main(argv: list[str] | None = None) -> None:
             )
     except CheckpointError as error:
         _fail(str(error), options.debug)
-    except OSError as error:
-        _fail(f"{error.filename or 'error'}: {error.strerror}", options.debug)
+    except (OSError, MemoryError) as error:
+        sentence = shortage(error) or str(error)
+        _fail(sentence, options.debug)
 
     for path in paths:
         print(one_line(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,15 @@ from converters.words import one_line
 
 MAX_MESSAGE_LENGTH = 4000  # characters of a message
 
+_FEW_FILES = "raise the limit of open files (ulimit -n 4096)"
+_UNMAPPED = "failed to map segment"  # of a library, as the loader of Linux says it
+_NO_ROOM = "make room there, or name another folder"
+_SHORTAGES = {
+    errno.EMFILE: _FEW_FILES,
+    errno.ENFILE: _FEW_FILES,
+    errno.ENOSPC: _NO_ROOM,
+    getattr(errno, "EDQUOT", errno.ENOSPC): _NO_ROOM,  # not on Windows
+}
 Kind = Literal["absent", "corrupt", "incomplete", "refused", "unsupported", "output", "unloadable"]
 
 
@@ -38,6 +48,24 @@ class CheckpointError(Exception):
         # on
         super().__init__(one_line(line))
         self.kind: Kind = kind
+
+
+def shortage(error: BaseException) -> str | None:
+    """That the machine has run out of something, and what to do; ``None`` for other
+    errors. How much memory was asked for is said where the error says it."""
+    is_unmapped = isinstance(error, ImportError) and _UNMAPPED in str(error)
+    is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if is_memory or is_unmapped:
+        asked = f" ({one_line(error)})" if isinstance(error, MemoryError) and str(error) else ""
+        return (
+            f"memory ran out{asked}: end other programs, or lift the limit of this process "
+            "(ulimit -v, a container, Slurm's --mem); fewer --workers need less"
+        )
+    if not isinstance(error, OSError) or error.errno not in _SHORTAGES:
+        return None
+
+    place = f"{one_line(error.filename)}: " if error.filename else ""
+    return f"{place}{error.strerror}: {_SHORTAGES[error.errno]}"
 
 
 def unreadable(error: OSError, path: Path) -> CheckpointError:

@@ -8,7 +8,7 @@ stops, and names both.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,6 @@ from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import (
     RunCheckpoint,
     members,
-    original_of,
     require_read,
     without_derived,
 )
@@ -76,7 +75,7 @@ class Offers:
     ):
         self.run, self.deepspeed, self.committed_only = run, deepspeed, committed_only
         self.announces = announces
-        present = _without_universal(checkpoints_in(run))
+        present = skipped.without_universal(checkpoints_in(run))
         line_members = members(present)
         self.other_lines = [
             checkpoint
@@ -147,7 +146,7 @@ class Offers:
                     has_usable = has_offer = True
                     yield Offer(checkpoint)
                 else:
-                    self.skip(checkpoint.folder, reason, _sort(checkpoint))
+                    self.skip(checkpoint.folder, reason, skipped.sort_of(checkpoint))
 
                 continue
 
@@ -340,26 +339,6 @@ class Offers:
         if self.deepspeed:
             require_deepspeed(proof, base)
         return True
-
-
-def _without_universal(checkpoints: Iterable[RunCheckpoint]) -> list[RunCheckpoint]:
-    """All but what was written in the universal format of one that is here as well.
-
-    Nothing is lost with it: it holds no other state, and is loaded by name.
-    """
-    present = list(checkpoints)
-    return [
-        checkpoint
-        for checkpoint in present
-        if not checkpoint.is_universal or original_of(checkpoint, present) is None
-    ]
-
-
-def _sort(checkpoint: RunCheckpoint) -> Sort:
-    """The sort of a checkpoint with a manifest that cannot be gone on from."""
-    if checkpoint.tier != "weights":
-        return "lost"
-    return "slimmed" if checkpoint.is_slimmed else "weights"
 
 
 def unusable(checkpoint: RunCheckpoint) -> str | None:

@@ -79,7 +79,7 @@ def require_ranks(
     if missing_ranks:
         origin = "the save"
         if node_local:
-            origin = "the folders of the other nodes (use_node_local_storage)"
+            origin = "the folders of the other nodes, which have the rest (use_node_local_storage)"
         raise CheckpointError(
             f"{place.folder} was saved by {_rank_words(rank_count, file_kind)}, but the "
             f"{missing_files(place, file_kind, missing_ranks)}; copy them here "
@@ -89,8 +89,8 @@ def require_ranks(
 
     if surplus_ranks:
         raise CheckpointError(
-            f"{place.folder} was saved by {_rank_words(rank_count, file_kind)}, but has {file_kind} "
-            f"files of rank {rank_list(surplus_ranks)} too: they are of another save; "
+            f"{place.folder} was saved by {_rank_words(rank_count, file_kind)}, but has "
+            f"{file_kind} files of rank {rank_list(surplus_ranks)} too: they are of another save; "
             "move them away"
         )
 

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from converters.words import one_line
-
 MAX_MESSAGE_LENGTH = 4000  # characters of a message
 
 _FEW_FILES = "raise the limit of open files (ulimit -n 4096)"
@@ -50,16 +48,30 @@ class CheckpointError(Exception):
         self.kind: Kind = kind
 
 
+def one_line(text: object) -> str:
+    """A text in which no character moves the cursor, begins a line, or is no character.
+
+    Names come from files and folders, and may be any bytes: those that are not UTF-8
+    are lone surrogates. Each such character is written as Python writes it (``\\n``).
+    """
+    line = str(text)
+    if line.isprintable():
+        return line
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in line
+    )
+
+
 def shortage(error: BaseException) -> str | None:
     """That the machine has run out of something, and what to do; ``None`` for other
     errors. How much memory was asked for is said where the error says it."""
     is_unmapped = isinstance(error, ImportError) and _UNMAPPED in str(error)
     is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
     if is_memory or is_unmapped:
-        asked = f" ({one_line(error)})" if isinstance(error, MemoryError) and str(error) else ""
+        amount = f" ({one_line(error)})" if isinstance(error, MemoryError) and str(error) else ""
         return (
-            f"memory ran out{asked}: end other programs, or lift the limit of this process "
-            "(ulimit -v, a container, Slurm's --mem); fewer --workers need less"
+            f"memory ran out{amount}: end other programs, or raise the limit of this process "
+            "(of ulimit, a container, or the batch system)"
         )
     if not isinstance(error, OSError) or error.errno not in _SHORTAGES:
         return None

@@ -18,7 +18,7 @@ from ckpt.runs.states.status import (
     prefix,
 )
 from ckpt.runs.verify import part_of
-from converters.words import one_line
+from converters.errors import one_line
 
 ALONE = ", of the engine alone (of trainer.save_model())"
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))

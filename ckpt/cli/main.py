@@ -16,7 +16,7 @@ from typing import NoReturn
 import click
 
 from ckpt.version import __version__
-from converters.words import one_line
+from converters.errors import one_line
 
 SECTIONS = {  # the commands, each with the module of this package that has it
     "Weights": {"show": "weights", "to-fp32": "weights"},

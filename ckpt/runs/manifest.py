@@ -42,8 +42,7 @@ __all__ = [
 ]
 FORMAT = 1
 MAX_BYTES = 64 << 20  # bytes; a hundred thousand files take about 15 MB
-# A disk, network or machine that fails, and what this user may not read: nothing can be
-# told then.
+# A disk, network or machine that fails, and what this user may not read: nothing is told.
 _SHORTAGES = ("EMFILE", "ENFILE", "ENOMEM")
 FAILING = errnos.numbers("EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "EACCES", *_SHORTAGES)
 TIERS = ("full", "weights")

@@ -167,6 +167,28 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
 
     foreign = [status for status in complete if not status.adoptable]
     states = [status for status in foreign if status.tier == "full"]
+    lines += _state_lines(states)
+    universal = [status for status in foreign if status.tier is None]
+    if universal:
+        lines.append(
+            f"{_described(len(universal))} complete, in the universal format, which gets no "
+            f"manifest ({some(status.checkpoint.name for status in universal)}); ckpt "
+            f"from-universal makes native files of {verb(len(universal), 'it', 'them')}"
+        )
+
+    weights = [status.checkpoint.name for status in foreign if status.tier == "weights"]
+    if weights:
+        lines.append(
+            f"{counted(len(weights), 'checkpoint')} {verb(len(weights), 'has', 'have')} a model "
+            f"only and cannot be resumed ({some(weights)})"
+        )
+
+    return lines
+
+
+def _state_lines(states: Sequence[CheckpointStatus]) -> list[str]:
+    """Lines on complete states that get no manifest."""
+    lines = []
     tags = [status for status in states if status.is_tag and not status.is_engine_alone]
     if tags:
         lines.append(
@@ -184,21 +206,6 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
         lines.append(_uncommitted_line(own_runs, words))
     if others := [status for status in states if not status.is_tag and not status.is_save_dir]:
         lines.append(_uncommitted_line(others, "not of a kind that is committed"))
-
-    universal = [status for status in foreign if status.tier is None]
-    if universal:
-        lines.append(
-            f"{_described(len(universal))} complete, in the universal format, which gets no "
-            f"manifest ({some(status.checkpoint.name for status in universal)}); ckpt "
-            f"from-universal makes native files of {verb(len(universal), 'it', 'them')}"
-        )
-
-    weights = [status.checkpoint.name for status in foreign if status.tier == "weights"]
-    if weights:
-        lines.append(
-            f"{counted(len(weights), 'checkpoint')} {verb(len(weights), 'has', 'have')} a model "
-            f"only and cannot be resumed ({some(weights)})"
-        )
 
     return lines
 

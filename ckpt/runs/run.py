@@ -182,8 +182,10 @@ class Run:
         if which in POINTERS:
             if (pointed_checkpoint := self.pointer(which)) is not None:
                 return pointed_checkpoint
+            text = self.target(which)
+            finding = f"names {text!r}, which is no checkpoint here" if text else "is empty"
             raise CheckpointError(
-                f"{self.path / which} names no checkpoint",
+                f"{self.path / which} {'does not exist' if text is None else finding}",
                 "incomplete",
             )
 

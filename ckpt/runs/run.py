@@ -30,6 +30,7 @@ from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.storage import local
 from converters.storage.store import Name, local_path
+from converters.words import shell_word
 
 if TYPE_CHECKING:
     from ckpt.runs.lineage import Line
@@ -184,8 +185,10 @@ class Run:
                 return pointed_checkpoint
             text = self.target(which)
             finding = f"names {text!r}, which is no checkpoint here" if text else "is empty"
+            option = "--best " if which == "best" else ""
             raise CheckpointError(
-                f"{self.path / which} {'does not exist' if text is None else finding}",
+                f"{self.path / which} {'does not exist' if text is None else finding}; ckpt latest "
+                f"{shell_word(self.path)} {option}--set NAME makes it name a checkpoint",
                 "incomplete",
             )
 

@@ -351,6 +351,6 @@ def test_push_says_where_it_takes_newer_weights_than_to_fp32_converts(tmp_path: 
 
     pushed = newest_at(tmp_path, "ckpt push", full=False)
     assert pushed.checkpoint.folder == model
-    remark = f"newer than the states that ckpt to-fp32 --last converts: name {tmp_path}/checkpoint-2"
-    assert remark in pushed.remark
+    remark = "newer than the states that ckpt to-fp32 --last converts: name "
+    assert f"{remark}{tmp_path}/checkpoint-2" in pushed.remark
     assert newest_at(tmp_path, "ckpt push").checkpoint.folder == tmp_path / "checkpoint-2"

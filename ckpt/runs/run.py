@@ -185,10 +185,13 @@ class Run:
                 return pointed_checkpoint
             text = self.target(which)
             finding = f"names {text!r}, which is no checkpoint here" if text else "is empty"
-            option = "--best " if which == "best" else ""
+            run = shell_word(self.path)
+            command = f"ckpt latest {run} --set NAME"
+            if which == "best":
+                command = f"ckpt latest {run} --best --set NAME"
             raise CheckpointError(
-                f"{self.path / which} {'does not exist' if text is None else finding}; ckpt latest "
-                f"{shell_word(self.path)} {option}--set NAME makes it name a checkpoint",
+                f"{self.path / which} {'does not exist' if text is None else finding}; "
+                f"{command} makes it name a checkpoint",
                 "incomplete",
             )
 

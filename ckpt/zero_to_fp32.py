@@ -33,7 +33,7 @@ from ckpt.weights.opening import unusual
 from ckpt.weights.request import DTYPE_NAMES, DTYPES
 from converters.detect import detection
 from converters.detect.deepspeed import PARALLEL
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, one_line, shortage
 from converters.execute import shards
 from converters.formats import pytorch_bin, safetensors
 from converters.names import selection
@@ -319,10 +319,11 @@ def main(argv: list[str] | None = None) -> None:
     except CheckpointError as error:
         _fail(str(error), options.debug)
     except OSError as error:
-        _fail(f"{error.filename or 'error'}: {error.strerror}", options.debug)
+        sentence = shortage(error) or str(error)
+        _fail(sentence, options.debug)
 
     for path in paths:
-        print(path)
+        print(one_line(path))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -353,7 +354,7 @@ def _fail(message: str, debug: bool) -> NoReturn:
     """Prints one line on stderr and exits with 1."""
     if debug:
         traceback.print_exc()
-    print(f"zero_to_fp32: {message}", file=sys.stderr)
+    print(f"zero_to_fp32: {one_line(message)}", file=sys.stderr)
     sys.exit(1)
 
 

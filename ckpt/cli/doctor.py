@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 )
 @dry_run_option("With --fix, --adopt or --one-save: say what would be done, and do nothing.")
 @JSON
+@planned.opening_once
 def doctor(
     path: Path,
     fix: bool,
@@ -147,9 +148,6 @@ def _settling(path: Path) -> Planned:
 def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run: bool) -> Output:
     from ckpt.cli import listing
     from ckpt.cli.results.upkeep import DoctorResult, FindingEntry
-    from ckpt.runs.states import listing as listings
-    from ckpt.runs.states import trainings
-    from ckpt.runs.states.status import adoption_hint
 
     lines = [
         f"mended\t{finding.path}: {finding.what}; --fix: {finding.remedy}" for finding in mended
@@ -164,26 +162,39 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
         for finding in findings
     ]
     complete = [status for status in diagnosis.statuses if status.complete]
-    native = [status for status in complete if not status.checkpoint.is_universal]
-    hints = [f"ckpt: {run.path}: {line}" for line in adoption_hint(native, run.path)]
-    native += [status for status in diagnosis.statuses if not status.complete]
-    remarks = trainings.order_remarks(listings.ordered(native), run.path)
-    hints += [f"ckpt: {run.path}: {line}" for line in remarks]
-    hints += [f"ckpt: {line}" for line in listings.closed_lines(run.path)]
+    idle = [] if entries else ["nothing to mend"]
+
+    return Output(
+        DoctorResult(dry_run, tuple(entries), listing.untouched(complete)),
+        lines,
+        [*_idle(run.path, idle, diagnosis.statuses), *_hints(run, diagnosis.statuses)],
+        exit_code=1 if diagnosis.findings else 0,
+    )
+
+
+def _hints(run: Run, statuses: Sequence[CheckpointStatus]) -> list[str]:
+    """Lines on what is no finding: what is not committed, copies, other trainings."""
+    from ckpt.runs.states import copies, listing, trainings
+    from ckpt.runs.upkeep.uncommitted_findings import adoption_hint
+
+    native = [
+        status for status in statuses if not (status.complete and status.checkpoint.is_universal)
+    ]
+    copied = copies.originals([status.checkpoint for status in statuses])
+    saved = [status for status in native if status.checkpoint.folder not in copied]
+    remarks = trainings.order_remarks(listing.ordered(native), run.path)
+    lines = (*adoption_hint(saved, run.path), *copies.remarks(copied), *remarks)
+    hints = [f"ckpt: {run.path}: {line}" for line in lines]
+    hints += [f"ckpt: {line}" for line in listing.closed_lines(run.path)]
+
     pointed = run.pointer("latest")
     if pointed is not None and pointed.committed and pointed.tier == "weights":
         hints.append(
             f"ckpt: {run.path}: latest names {pointed.name}, which has weights only, so that no "
             "training goes on from this run; a job that resumes from it stops and says so"
         )
-    idle = [] if entries else ["nothing to mend"]
 
-    return Output(
-        DoctorResult(dry_run, tuple(entries), listing.untouched(complete)),
-        lines,
-        [*_idle(run.path, idle, diagnosis.statuses), *hints],
-        exit_code=1 if diagnosis.findings else 0,
-    )
+    return hints
 
 
 def _idle(path: Path, reasons: Sequence[str], statuses: Sequence[CheckpointStatus]) -> list[str]:
@@ -199,13 +210,14 @@ def _idle(path: Path, reasons: Sequence[str], statuses: Sequence[CheckpointStatu
 
 def _adoption(path: Path, *, wait: bool, dry_run: bool, one_save: bool) -> Output:
     """Adopts the checkpoints at a path under two bars: one of checkpoints, one of bytes."""
-    from ckpt.runs.states import listing
+    from ckpt.runs.states import copies, listing
     from ckpt.runs.upkeep import adoption
 
     if one_save:  # which is said of one checkpoint
         checkpoints = [listing.checkpoint_at(path, "ckpt doctor --adopt --one-save")]
     else:
         checkpoints = listing.checkpoints_at(path)
+    copied = copies.originals(checkpoints)
     with planned.progress(len(checkpoints), path.name, "checkpoint") as advance:
         surveyed = adoption.survey(checkpoints, wait, advance, one_save)
     statuses = listing.ordered(listing.known(surveyed, path))
@@ -214,7 +226,9 @@ def _adoption(path: Path, *, wait: bool, dry_run: bool, one_save: bool) -> Outpu
     if one_save:  # which is said in vain where nothing can record it
         outcomes = [replace(outcome, failed=not outcome.adopted) for outcome in outcomes]
 
-    return _adopted(path, outcomes, dry_run)
+    output = _adopted(path, outcomes, dry_run)
+    lines_on_copies = [f"ckpt: {path}: {line}" for line in copies.remarks(copied)]
+    return replace(output, notices=[*output.notices, *lines_on_copies])
 
 
 def _unproven(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
@@ -267,7 +281,7 @@ def _without_latest(path: Path, outcomes: Sequence[AdoptionOutcome]) -> list[str
 
 def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> Output:
     from ckpt.cli.results.upkeep import AdoptionEntry, AdoptResult
-    from ckpt.runs.states.status import adoption_hint
+    from ckpt.runs.upkeep.uncommitted_findings import adoption_hint
 
     verb = "would adopt" if dry_run else "adopted"
     lines = [f"{verb}\t{outcome.folder}" for outcome in outcomes if outcome.adopted]

@@ -20,8 +20,11 @@ from ckpt.runs.recognition import is_numbered, is_set_aside, step_in
 from ckpt.runs.run import RunCheckpoint, original_of
 from converters.detect.filenames import TRAINER_STATE
 from converters.storage import local
+from converters.words import some, verb
 
 _MAX_READ = 1 << 20  # bytes of a file that has no CRC32s, from each end
+# by whether it is a link
+_FORMS = {True: ("is a link to", "are links to"), False: ("is a copy of", "are copies of")}
 Originals = dict[Path, RunCheckpoint]
 
 
@@ -74,6 +77,25 @@ def origins(checkpoints: Sequence[RunCheckpoint]) -> Originals:
         for checkpoint in checkpoints
         if (original := original_of(checkpoint, checkpoints)) is not None
     }
+
+
+def remarks(copied: Originals) -> list[str]:
+    """A line on each original: what is a link to it, and what is a copy of it."""
+    names: dict[str, dict[bool, list[str]]] = {}
+    for folder, original in sorted(copied.items()):
+        sorts = names.setdefault(original.name, {})
+        sorts.setdefault(folder.is_symlink(), []).append(folder.name)
+
+    lines = []
+    for original_name, sorts in names.items():
+        forms = [
+            f"{some(folder_names)} {verb(len(folder_names), *words)} {original_name}"
+            for is_link, words in _FORMS.items()
+            if (folder_names := sorts.get(is_link))
+        ]
+        lines.append(" and ".join(forms))
+
+    return lines
 
 
 def sentence(checkpoint: RunCheckpoint, original: RunCheckpoint) -> str:

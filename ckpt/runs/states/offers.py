@@ -8,7 +8,7 @@ stops, and names both.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +23,10 @@ from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import (
     RunCheckpoint,
     members,
-    original_of,
     require_read,
     without_derived,
 )
-from ckpt.runs.states import copies, misnumbered, skipped, trainings
+from ckpt.runs.states import copies, dangling, misnumbered, skipped, trainings
 from ckpt.runs.states.copies import Originals
 from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.states.offer_order import TopologyFilter, newest_first
@@ -40,6 +39,7 @@ from ckpt.runs.states.skipped import (
 )
 from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
+from converters.words import shell_word
 from converters.zero.files.discovery import is_tag_folder
 
 log = logging.getLogger("ckpt")
@@ -75,7 +75,7 @@ class Offers:
     ):
         self.run, self.deepspeed, self.committed_only = run, deepspeed, committed_only
         self.announces = announces
-        present = _without_universal(checkpoints_in(run))
+        present = skipped.without_universal(checkpoints_in(run))
         line_members = members(present)
         self.other_lines = [
             checkpoint
@@ -86,7 +86,7 @@ class Offers:
         candidates = [checkpoint for checkpoint in present if checkpoint not in others]
         self.checkpoints = newest_first(candidates, fits)
         self.skipped: list[SkippedCandidate] = []
-        self.remarks: list[str] = []  # on later saves than the one that counts
+        self.remarks: list[str] = []  # on later saves than the one that counts, and on latest
         self.reasons: dict[Path, str | None] = {}  # why a committed one is unusable
 
     def __iter__(self) -> Iterator[Offer]:
@@ -94,6 +94,7 @@ class Offers:
         for number, offer in enumerate(self._offers_of_line()):
             if not number:
                 self._skip_misnumbered(offer)
+                self._note_dangling(offer)
             yield offer
 
         others = self.other_lines
@@ -145,7 +146,7 @@ class Offers:
                     has_usable = has_offer = True
                     yield Offer(checkpoint)
                 else:
-                    self.skip(checkpoint.folder, reason, _sort(checkpoint))
+                    self.skip(checkpoint.folder, reason, skipped.sort_of(checkpoint))
 
                 continue
 
@@ -181,6 +182,20 @@ class Offers:
         step = max(offer.checkpoint.step or 0, proof_step or 0)
         for path, reason in misnumbered.reasons(self.checkpoints[position + 1 :], step):
             self.skip(path, reason, "apart")
+
+    def _note_dangling(self, offer: Offer) -> None:
+        """Says that DeepSpeed's own file names what is not there, where something else is taken."""
+        sentence = dangling.finding(self.run)
+        if sentence is None:
+            return
+
+        remedy = f"; ckpt doctor {shell_word(self.run)} --fix mends it" if not offer.proof else ""
+        self._remark(f"{sentence}; {offer.checkpoint.folder} is the newest to resume from{remedy}")
+
+    def _remark(self, remark: str) -> None:
+        self.remarks.append(remark)
+        if self.announces:
+            log.warning("%s", remark)
 
     def _is_engine_alone(self, checkpoint: RunCheckpoint) -> bool:
         """Whether it is a tag beside checkpoints of a Trainer, which could not go on from it."""
@@ -225,6 +240,7 @@ class Offers:
         if (error := skipped.lost_work(self.run, self.skipped)) is not None:
             raise error
 
+        dangling.require_none(self.run)
         if self.skipped:
             newest = self.skipped[0].path
             log.warning(
@@ -282,9 +298,7 @@ class Offers:
             finding = trainings.order_doubt_of(checkpoint, step, present)
         if finding is None:
             return
-        self.remarks.append(finding.remark)
-        if self.announces:
-            log.warning("%s", finding.remark)
+        self._remark(finding.remark)
 
     def _counts(self, checkpoint: RunCheckpoint, proof: Proof) -> bool:
         """Whether it is of the training that saved last, whoever wrote that; as ``_succeeds``."""
@@ -325,26 +339,6 @@ class Offers:
         if self.deepspeed:
             require_deepspeed(proof, base)
         return True
-
-
-def _without_universal(checkpoints: Iterable[RunCheckpoint]) -> list[RunCheckpoint]:
-    """All but what was written in the universal format of one that is here as well.
-
-    Nothing is lost with it: it holds no other state, and is loaded by name.
-    """
-    present = list(checkpoints)
-    return [
-        checkpoint
-        for checkpoint in present
-        if not checkpoint.is_universal or original_of(checkpoint, present) is None
-    ]
-
-
-def _sort(checkpoint: RunCheckpoint) -> Sort:
-    """The sort of a checkpoint with a manifest that cannot be gone on from."""
-    if checkpoint.tier != "weights":
-        return "lost"
-    return "slimmed" if checkpoint.is_slimmed else "weights"
 
 
 def unusable(checkpoint: RunCheckpoint) -> str | None:

@@ -8,12 +8,13 @@ started once more would begin again over what it had made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ckpt.runs.foreign.completeness import has_tag
+from ckpt.runs.run import RunCheckpoint, original_of
 from ckpt.runs.states import save_dirs
 from converters.errors import CheckpointError
 from converters.words import first, more, shell_word
@@ -89,3 +90,23 @@ def lost_work(run: Path, skipped: Sequence[SkippedCandidate]) -> CheckpointError
 def _may_be_committed(path: Path) -> bool:
     """Whether DeepSpeed's files lie in a folder of its own, which may get a manifest."""
     return path.is_dir() and has_tag(path) and not save_dirs.is_tag(path)
+
+
+def without_universal(checkpoints: Iterable[RunCheckpoint]) -> list[RunCheckpoint]:
+    """All but what was written in the universal format of one that is here as well.
+
+    Nothing is lost with it: it holds no other state, and is loaded by name.
+    """
+    present = list(checkpoints)
+    return [
+        checkpoint
+        for checkpoint in present
+        if not checkpoint.is_universal or original_of(checkpoint, present) is None
+    ]
+
+
+def sort_of(checkpoint: RunCheckpoint) -> Sort:
+    """The sort of a checkpoint with a manifest that cannot be gone on from."""
+    if checkpoint.tier != "weights":
+        return "lost"
+    return "slimmed" if checkpoint.is_slimmed else "weights"

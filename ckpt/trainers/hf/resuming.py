@@ -105,17 +105,12 @@ class ResumeCallback(TrainerCallback):
         layout = Layout.of_config(deepspeed_config(), ranks.world)
         checkpoint = _select_checkpoint(resume_request)
 
-        with ranks.step() as results:
-            if checkpoint is None:
-                raise CheckpointError(
-                    f"{path} holds no checkpoint to compare with",
-                    "incomplete",
-                )
-
-            if layout is not None:
-                checkpoint = _checkpoint_loaded(checkpoint, layout)
+        with ranks.step():
+            checkpoint = _require_checkpoint(checkpoint, path, layout)
             original = _original(checkpoint)
-            source = ResumePoint.of(checkpoint)
+
+        source = ResumePoint.on_all_ranks(ranks, checkpoint)
+        with ranks.step() as results:
             engine = _engine(objects["model"], wrapper.optimizer, ranks.rank, current_step)
             comparison = self._comparison_with(source, engine, args, objects)
             comparison.progress["step"] = source.step
@@ -256,6 +251,17 @@ def _uncompared_names(source: ResumePoint) -> list[str]:
         names.append("loss_scale")
 
     return names
+
+
+def _require_checkpoint(
+    checkpoint: RunCheckpoint | None, path: Path, layout: Layout | None
+) -> RunCheckpoint:
+    """The checkpoint to compare with: what was loaded in the place of the one that was
+    chosen; ``CheckpointError`` if none was."""
+    if checkpoint is None:
+        raise CheckpointError(f"{path} holds no checkpoint to compare with", "incomplete")
+
+    return checkpoint if layout is None else _checkpoint_loaded(checkpoint, layout)
 
 
 def _checkpoint_loaded(checkpoint: RunCheckpoint, layout: Layout) -> RunCheckpoint:

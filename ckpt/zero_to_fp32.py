@@ -44,6 +44,7 @@ from converters.storage import local
 from converters.storage.local_store import LOCAL
 from converters.storage.store import output_path
 from converters.tensors import DType, TensorRef, Weights
+from converters.words import one_line
 from converters.zero import checkpoint
 
 if TYPE_CHECKING:
@@ -322,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
         _fail(f"{error.filename or 'error'}: {error.strerror}", options.debug)
 
     for path in paths:
-        print(path)
+        print(one_line(path))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -353,7 +354,7 @@ def _fail(message: str, debug: bool) -> NoReturn:
     """Prints one line on stderr and exits with 1."""
     if debug:
         traceback.print_exc()
-    print(f"zero_to_fp32: {message}", file=sys.stderr)
+    print(f"zero_to_fp32: {one_line(message)}", file=sys.stderr)
     sys.exit(1)
 
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from converters.words import one_line
+
 MAX_MESSAGE_LENGTH = 4000  # characters of a message
 
 Kind = Literal["absent", "corrupt", "incomplete", "refused", "unsupported", "output", "unloadable"]
@@ -34,13 +36,7 @@ class CheckpointError(Exception):
 
         # names come from files: none may move the cursor of the terminal it is printed
         # on
-        super().__init__(
-            "".join(
-                character if character.isprintable() else ascii(character)[1:-1]
-                for character in line
-            )
-        )
-
+        super().__init__(one_line(line))
         self.kind: Kind = kind
 
 

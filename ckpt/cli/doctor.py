@@ -147,8 +147,8 @@ def _settling(path: Path) -> Planned:
 def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run: bool) -> Output:
     from ckpt.cli import listing
     from ckpt.cli.results.upkeep import DoctorResult, FindingEntry
+    from ckpt.runs.states import copies, trainings
     from ckpt.runs.states import listing as listings
-    from ckpt.runs.states import trainings
     from ckpt.runs.states.status import adoption_hint
 
     lines = [
@@ -165,7 +165,12 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
     ]
     complete = [status for status in diagnosis.statuses if status.complete]
     native = [status for status in complete if not status.checkpoint.is_universal]
-    hints = [f"ckpt: {run.path}: {line}" for line in adoption_hint(native, run.path)]
+    copied = copies.originals([status.checkpoint for status in diagnosis.statuses])
+    saved = [status for status in native if status.checkpoint.folder not in copied]
+    lines_on_copies = copies.remarks(copied)
+    hints = [
+        f"ckpt: {run.path}: {line}" for line in (*adoption_hint(saved, run.path), *lines_on_copies)
+    ]
     native += [status for status in diagnosis.statuses if not status.complete]
     remarks = trainings.order_remarks(listings.ordered(native), run.path)
     hints += [f"ckpt: {run.path}: {line}" for line in remarks]
@@ -199,13 +204,14 @@ def _idle(path: Path, reasons: Sequence[str], statuses: Sequence[CheckpointStatu
 
 def _adoption(path: Path, *, wait: bool, dry_run: bool, one_save: bool) -> Output:
     """Adopts the checkpoints at a path under two bars: one of checkpoints, one of bytes."""
-    from ckpt.runs.states import listing
+    from ckpt.runs.states import copies, listing
     from ckpt.runs.upkeep import adoption
 
     if one_save:  # which is said of one checkpoint
         checkpoints = [listing.checkpoint_at(path, "ckpt doctor --adopt --one-save")]
     else:
         checkpoints = listing.checkpoints_at(path)
+    copied = copies.originals(checkpoints)
     with planned.progress(len(checkpoints), path.name, "checkpoint") as advance:
         surveyed = adoption.survey(checkpoints, wait, advance, one_save)
     statuses = listing.ordered(listing.known(surveyed, path))
@@ -214,7 +220,9 @@ def _adoption(path: Path, *, wait: bool, dry_run: bool, one_save: bool) -> Outpu
     if one_save:  # which is said in vain where nothing can record it
         outcomes = [replace(outcome, failed=not outcome.adopted) for outcome in outcomes]
 
-    return _adopted(path, outcomes, dry_run)
+    output = _adopted(path, outcomes, dry_run)
+    lines_on_copies = [f"ckpt: {path}: {line}" for line in copies.remarks(copied)]
+    return replace(output, notices=[*output.notices, *lines_on_copies])
 
 
 def _unproven(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:

@@ -145,7 +145,7 @@ def push(
     remarks = [] if choice.remark is None else [choice.remark]
     early_remarks, notices = ([], remarks) if choice.committed else (remarks, [])
     for line in (*early_remarks, *push_plan.warnings):
-        click.echo(f"ckpt: {line}", err=True)
+        planned.say(line)
 
     planned.run(
         Planned(
@@ -234,7 +234,7 @@ def _pushed(pushed: Pushed, remarks: Sequence[str] = ()) -> Output:
 
     committed = pushed.committed
     for warning in pushed.warnings[len(pushed.push_plan.warnings) :]:
-        click.echo(f"ckpt: {warning}", err=True)
+        planned.say(warning)
 
     files = tuple(
         SentFile(

@@ -194,6 +194,7 @@ def _foreign_line(checkpoint: RunCheckpoint, proof: Proof | None) -> list[str]:
 
 def _mismatch(run: Run, checkpoint: RunCheckpoint, proof: Proof | None) -> list[str]:
     """A line where the file latest names another checkpoint than a resume takes."""
+    from ckpt.runs.states import dangling
     from converters.words import shell_word
 
     pointer_target = run.target("latest")
@@ -202,9 +203,10 @@ def _mismatch(run: Run, checkpoint: RunCheckpoint, proof: Proof | None) -> list[
     if pointer_target is None or pointer_target in expected or checkpoint.folder == run.path:
         return []
 
+    if dangling.finding(run.path) is not None:  # which was said with the choice
+        return []
     remedy = ""
     if proof is None:
         remedy = f"; ckpt latest {shell_word(run.path)} --set {name} changes it"
-    leads_on = run.pointer("latest") is not None or (run.path / pointer_target).is_dir()
-    finding = "which DeepSpeed itself would load" if leads_on else "which is not there"
+    finding = "which DeepSpeed itself would load"
     return [f"ckpt: {run.path / 'latest'} names {pointer_target}, {finding}{remedy}"]

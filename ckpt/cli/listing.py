@@ -17,7 +17,9 @@ from ckpt.runs.states.status import (
     CheckpointStatus,
     prefix,
 )
+from converters.words import one_line
 
+ALONE = ", of the engine alone (of trainer.save_model())"
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 
 
@@ -85,7 +87,9 @@ def reason(status: CheckpointStatus) -> str | None:
         return status.reason
     finding = "no manifest.json" if status.tier != "weights" else str(status.finding)
     finding = OF_EARLIER_SAVE if status.checkpoint.is_overwritten else finding
-    return finding if status.writer is None else f"{finding}: written by {status.writer}"
+    if status.writer is None:
+        return finding
+    return f"{finding}: written by {status.writer}{ALONE if status.is_engine_alone else ''}"
 
 
 def untouched(statuses: Sequence[CheckpointStatus]) -> tuple[UntouchedEntry, ...]:
@@ -145,7 +149,8 @@ def _remark(entry: CheckpointEntry) -> str:
     elif entry.state == CheckpointState.COMPLETE.value and entry.tier == "weights":
         parts.append(str(entry.reason))
     elif entry.written_by is not None:
-        parts.append(f"complete, not committed: written by {entry.written_by}")
+        alone = ALONE if str(entry.reason).endswith(ALONE) else ""
+        parts.append(f"complete, not committed: written by {entry.written_by}{alone}")
         parts += [OF_EARLIER_SAVE] if str(entry.reason).startswith(OF_EARLIER_SAVE) else []
     elif entry.reason is not None:
         parts.append(f"{prefix(entry.kind, entry.reason)}{entry.state}: {entry.reason}")
@@ -162,7 +167,7 @@ def _row(entry: CheckpointEntry) -> tuple[str, ...]:
     part = f" {entry.node}/{entry.nodes}" if has_parts else ""
     metrics = [f"{name}={value:.6g}" for name, value in entry.metrics.items()]
 
-    return (
+    cells = (
         "-" if entry.step is None else str(entry.step),
         entry.name,
         (entry.tier or "-") + part,
@@ -172,6 +177,7 @@ def _row(entry: CheckpointEntry) -> tuple[str, ...]:
         ", ".join(entry.marks) or "-",
         entry.tag or "-",
     )
+    return tuple(map(one_line, cells))
 
 
 def _run(entry: CheckpointEntry) -> str:

@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 from ckpt.version import __version__
+from converters.words import one_line
 
 SECTIONS = {  # the commands, each with the module of this package that has it
     "Weights": {"show": "weights", "to-fp32": "weights"},
@@ -133,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt) as error:
-        click.echo(f"ckpt: {'; '.join(filter(None, ['interrupted', _aftermath(error)]))}", err=True)
+        line = "; ".join(filter(None, ["interrupted", _aftermath(error)]))
+        click.echo(f"ckpt: {one_line(line)}", err=True)
         sys.exit(130)
     except OSError as error:
         line = f"{error.filename or 'error'}: {error.strerror}"
@@ -162,5 +164,5 @@ def _fail(message: str, kind: str, *, as_json: bool) -> NoReturn:
 
         click.echo(json.dumps({"schema": SCHEMA, "error": message, "kind": kind}), err=True)
     else:
-        click.echo(f"ckpt: {message}", err=True)
+        click.echo(f"ckpt: {one_line(message)}", err=True)
     sys.exit(1)

@@ -153,6 +153,6 @@ def checkpoint_of(path: Path, tag: str | None, last: bool, command: str) -> Path
     with planned.announcements(as_json=False):
         checkpoint, remark = newest.choose(path, tag, last, command)
     if remark is not None:
-        click.echo(f"ckpt: {remark}", err=True)
+        planned.say(remark)
 
     return checkpoint

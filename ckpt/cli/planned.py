@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converters.words import one_line
+
 if TYPE_CHECKING:
     from ckpt.folders.staging import Continuation
 
@@ -80,7 +82,7 @@ def run(planned: Planned, *, dry_run: bool, as_json: bool) -> None:
         return
 
     if not as_json and (opening := planned.opening()) is not None:
-        click.echo(f"ckpt: {opening}", err=True)
+        say(opening)
 
     try:
         with progress(planned.nbytes, planned.title) as advance:
@@ -124,12 +126,17 @@ def show(output: Output, as_json: bool) -> None:
         click.echo(as_text(output.result))
     else:
         for line in output.lines:
-            click.echo(line)
+            click.echo("\t".join(map(one_line, str(line).split("\t"))))
         for notice in output.notices:
-            click.echo(notice, err=True)
+            click.echo(one_line(notice), err=True)
 
     if output.exit_code:
         sys.exit(output.exit_code)
+
+
+def say(sentence: object) -> None:
+    """Prints a line on stderr, in which no name that came from a disk breaks it."""
+    click.echo(f"ckpt: {one_line(sentence)}", err=True)
 
 
 def as_text(result: object) -> str:
@@ -150,7 +157,9 @@ def progress(total: int | None, title: str, unit: str = "B") -> Iterator[Progres
 
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=title, unit=unit, unit_scale=unit == "B", leave=False) as bar:
+    with tqdm(
+        total=total, desc=one_line(title), unit=unit, unit_scale=unit == "B", leave=False
+    ) as bar:
         yield bar.update
 
 
@@ -158,7 +167,7 @@ class _Announcer(logging.Handler):
     """Prints what the library logs, as a line of the command."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"ckpt: {record.getMessage()}", err=True)
+        say(record.getMessage())
 
 
 @contextmanager

@@ -129,8 +129,8 @@ def _tensors_by_name(
     }
 
 
-def show_text(result: ShowResult) -> str:
-    """The facts as text for a reader."""
+def show_lines(result: ShowResult) -> list[str]:
+    """The facts as lines for a reader."""
     is_folder = not stores.is_file(result.path)
     lines = [
         f"kind         {BY_NAME[result.kind].title}",
@@ -151,7 +151,7 @@ def show_text(result: ShowResult) -> str:
     for name, entry in (result.tensors_by_name or {}).items():
         lines.append(f"{name}\t{entry.dtype}\t{_shape(entry)}")
 
-    return "\n".join(lines)
+    return lines
 
 
 def _tensor_lines(result: ShowResult) -> list[str]:

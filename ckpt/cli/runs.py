@@ -52,7 +52,7 @@ def ls(run: Path, as_json: bool) -> None:
     models = listings.models_beside(run, [status.checkpoint for status in statuses])
     rows = listings.ordered([*statuses, *statuses_of(models, wait=False)])
     if (writer := watch.describe(folder)) is not None:
-        click.echo(f"ckpt: {folder}: {writer}", err=True)
+        planned.say(f"{folder}: {writer}")
 
     result = listing.facts(Run(folder), rows)
     notices = [] if statuses else user_paths.absence(run, user_paths.EITHER)
@@ -202,6 +202,7 @@ def _pruned(
 def _alone_lines(run: Path, has_outcomes: bool, alone: Sequence[CheckpointStatus]) -> list[str]:
     """Lines on what was not touched, or on what lies there instead of checkpoints."""
     from ckpt.runs import user_paths
+    from ckpt.runs.states import copies
     from ckpt.runs.states.status import CheckpointState, adoption_hint
     from converters.words import counted, shell_word, some, verb
 
@@ -209,8 +210,11 @@ def _alone_lines(run: Path, has_outcomes: bool, alone: Sequence[CheckpointStatus
     if not is_known and not has_outcomes:
         return user_paths.absence(run, user_paths.RUN)
 
-    lines = [f"ckpt: not touched: {line}" for line in adoption_hint(alone, run)]
-    incomplete = [status.checkpoint.name for status in alone if not status.complete]
+    copied = copies.originals([status.checkpoint for status in alone])
+    saved = [status for status in alone if status.checkpoint.folder not in copied]
+    hints = [*adoption_hint(saved, run), *copies.remarks(copied)]
+    lines = [f"ckpt: not touched: {line}" for line in hints]
+    incomplete = [status.checkpoint.name for status in saved if not status.complete]
     if incomplete:
         subject = counted(len(incomplete), "checkpoint")
         lines.append(

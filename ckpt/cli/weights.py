@@ -203,7 +203,7 @@ def show(
         notes = (*source.notes, *wished.notes)
         source = replace(source, weights=wished.weights, notes=notes)
         result = report.show(source, tensors, _status(source))
-    planned.show(Output(result, lines=[report.show_text(result)]), as_json)
+    planned.show(Output(result, lines=report.show_lines(result)), as_json)
 
 
 def _rules(path: Path | None) -> AbstractContextManager[None]:

@@ -16,6 +16,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
+
+from converters.words import one_line
 
 
 class _DefaultLevel(int):
@@ -48,6 +51,7 @@ def attach() -> logging.Logger:
     if not any(isinstance(handler, Console) for handler in logger.handlers):
         logger.addHandler(Console())
         logger.addFilter(_counts)
+        logger.addFilter(_quoting)
     if logger.level == logging.NOTSET:
         logger.setLevel(_DefaultLevel(logging.INFO))
     return logger
@@ -59,6 +63,16 @@ def _counts(record: logging.LogRecord) -> bool:
     if not is_own_level or not _is_configured():
         return True
     return record.levelno >= logging.getLogger().level
+
+
+def _quoting(record: logging.LogRecord) -> bool:
+    """Makes the paths of a message ones that cannot break its line, for every handler."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            one_line(argument) if isinstance(argument, Path) else argument
+            for argument in record.args
+        )
+    return True
 
 
 def _is_configured() -> bool:

@@ -64,12 +64,19 @@ class Pushed:
         sent_size = size(sum(file.nbytes for file in sent_files))
         sent_summary = f"{counted(len(sent_files), 'file')} sent ({sent_size})"
         deleted_note = f"; deleted {', '.join(self.outdated)}" if self.outdated else ""
+        card_note = f"; its {CARD} stays as it is" if self._keeps_card else ""
         commit_note = "" if self.committed.is_new else "; no commit was needed"
 
         return (
             f"{sent_summary}, {present_count:,} {were_verb} there, "
-            f"all verified on the Hub{commit_note}{deleted_note}"
+            f"all verified on the Hub{card_note}{commit_note}{deleted_note}"
         )
+
+    @property
+    def _keeps_card(self) -> bool:
+        """Whether the repository has a card, which no push replaces, among its files."""
+        name = self.push_plan.place + CARD
+        return name in self.push_plan.remote.files and all(file.path != name for file in self.files)
 
 
 def execute(push_plan: PushPlan, progress: Progress = lambda _: None) -> Pushed:

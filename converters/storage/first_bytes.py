@@ -22,11 +22,18 @@ _LEGACY_HEADS = (
     *(b"\x80" + bytes([protocol]) + _FRAME + _MAGIC for protocol in (4, 5)),
 )
 LEGACY_HEAD_BYTES = max(map(len, _LEGACY_HEADS))
+# the same in protocols 0 and 1, which spell it out
+_SPELT_OUT = b"L119547037146038801333356L\n."
 
 
 def is_legacy_torch(head: bytes) -> bool:
     """Whether a file with these first bytes is of ``torch.save`` before zips."""
     return head.startswith(_LEGACY_HEADS)
+
+
+def is_oldest_torch(head: bytes) -> bool:
+    """Whether it is one whose pickles are of protocol 0 or 1."""
+    return head.startswith(_SPELT_OUT)
 
 
 def is_safetensors(head: bytes) -> bool:

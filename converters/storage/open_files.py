@@ -31,6 +31,8 @@ MAX_OPEN_FILES = 64
 MAX_SHARED_FILES = 16384  # open at once: every tensor of 4,096 ranks lies in that many files
 _OTHER_FILES = 256  # of the process: outputs, files of each thread, and those of a training
 MAX_KEPT_BYTES = 8 << 20  # of pickles whose values are kept: about 6 times as much in memory
+MAX_SMALL_BYTES = 64  # of a value that is kept for as long as the command runs
+MAX_SMALL_VALUES = 1 << 16
 MAX_EXAMPLES = 12  # files that others are like: of the model and the optimizer, of a source
 # and of what is made of it, in two forms; and their directories
 _Value = TypeVar("_Value")
@@ -135,7 +137,9 @@ class OpenFiles:
         self.values: dict[Path, WeakValueDictionary[str, Any]] = {}
         self.recent: OrderedDict[tuple[Path, str], Parsed] = OrderedDict()
         self.recent_bytes = 0
+        self.small: dict[tuple[Path, str], Parsed] = {}
         self.examples: OrderedDict[Hashable, object] = OrderedDict()
+        self.computed: dict[Hashable, Any] = {}
 
     def file(self, path: Path) -> File:
         """The file as it is now, open."""
@@ -167,16 +171,25 @@ class OpenFiles:
         self.pool.close()
         self.values.clear()
         self.recent.clear()
+        self.small.clear()
         self.examples.clear()
+        self.computed.clear()
 
     def keep_example(self, key: Hashable, example: object) -> None:
-        """Keeps an example, in the place of the one that was kept longest ago."""
+        """Keeps an example, in the place of the one that was not asked for longest."""
         self.examples[key] = example
         while len(self.examples) > MAX_EXAMPLES:
             self.examples.popitem(last=False)
 
     def _keep(self, key: tuple[Path, str], result: Parsed) -> None:
-        """Keeps a value in memory, in the place of those that were parsed longest ago."""
+        """Keeps a value in memory, in the place of those that were parsed longest ago.
+
+        A number that a file says takes nobody's place: it is asked for more often.
+        """
+        if result.nbytes <= MAX_SMALL_BYTES and len(self.small) < MAX_SMALL_VALUES:
+            self.small[key] = result
+            return
+
         self.recent[key] = result
         self.recent_bytes += result.nbytes
         while self.recent_bytes > MAX_KEPT_BYTES:
@@ -193,6 +206,8 @@ class OpenFiles:
         self.values.pop(path, None)
         for key in [key for key in self.recent if key[0] == path]:
             self.recent_bytes -= self.recent.pop(key).nbytes
+        for key in [key for key in self.small if key[0] == path]:
+            del self.small[key]
 
 
 class _Current(threading.local):
@@ -256,7 +271,11 @@ def parsed(path: Path, form: str, parse: Callable[[File], tuple[_Value, int]]) -
 def example(key: Hashable) -> object | None:
     """The value under this key in the command that runs; ``None`` outside of one."""
     files = _current.files
-    return files.examples.get(key) if files is not None else None
+    if files is None or key not in files.examples:
+        return None
+
+    files.examples.move_to_end(key)  # what is asked for stays
+    return files.examples[key]
 
 
 def keep_example(key: Hashable, value: object) -> None:
@@ -264,6 +283,21 @@ def keep_example(key: Hashable, value: object) -> None:
     if there is one; the last few are kept."""
     if _current.files is not None:
         _current.files.keep_example(key, value)
+
+
+def once_a_command(key: Hashable, compute: Callable[[], _Value]) -> _Value:
+    """The value that ``compute`` makes, which is kept under ``key`` until the command ends.
+
+    For what is true of a folder as long as a command looks at it, such as which of its
+    files have one size.
+    """
+    files = _current.files
+    if files is None:
+        return compute()
+    if key not in files.computed:
+        files.computed[key] = compute()
+
+    return cast(_Value, files.computed[key])
 
 
 def read_extent(extent: Extent) -> bytes:

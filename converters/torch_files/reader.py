@@ -65,6 +65,13 @@ def _not_a_torch_file(file: File, path: Path, head: bytes) -> CheckpointError:
     if (explanation := misplaced_files.content(beginning)) is not None:
         return CheckpointError(f"{path} {explanation}", "incomplete")
 
+    if first_bytes.is_oldest_torch(beginning):
+        return CheckpointError(
+            f"{path} is of torch.save with pickle_protocol=0 or 1, which is not read here: load it "
+            "with torch.load, and save it again without that argument (of protocol 0 torch itself "
+            "loads no tensors)",
+            "unsupported",
+        )
     if first_bytes.is_safetensors(file.read([(0, min(file.size, first_bytes.HEAD_BYTES))])[0]):
         return CheckpointError(
             f"{path} is in safetensors, and not a file of torch.save; give it a name that ends "

@@ -210,7 +210,7 @@ def _require_ranks(
         return []
 
     return [
-        f"the model files of rank {all_ranks.rank_list(missing_ranks)} are missing: a "
+        f"the {all_ranks.missing_files(place, file_kind, missing_ranks)}: a "
         "resume needs them, the weights do not, since nothing is frozen"
     ]
 

@@ -307,12 +307,14 @@ def source(topology: SourceTopology | None, place: Path) -> Source:
 
 
 def test_show_says_of_other_sources_only_what_is_known(tmp_path: Path) -> None:
-    text = report.show_text(report.show(source(None, tmp_path)))
+    text = "\n".join(report.show_lines(report.show(source(None, tmp_path))))
     assert text.startswith(f"kind         weights in safetensors\nfolder       {tmp_path}\n")
     assert "ZeRO" not in text and "DeepSpeed" not in text and "None" not in text
     assert "\nstep         5\n" in text
-    assert "world size   4" in report.show_text(report.show(source(SourceTopology(4), tmp_path)))
-    zero = report.show_text(report.show(read(FIXTURES / NAME)))
+    assert "world size   4" in "\n".join(
+        report.show_lines(report.show(source(SourceTopology(4), tmp_path)))
+    )
+    zero = "\n".join(report.show_lines(report.show(read(FIXTURES / NAME))))
     assert "\nZeRO stage   2\nworld size   2\n" in zero and "\nDeepSpeed    0." in zero
 
 

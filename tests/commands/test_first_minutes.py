@@ -13,6 +13,7 @@ from run_folders import real, small
 
 import ckpt
 from ckpt import zero_to_fp32
+from ckpt.cli.main import main
 from ckpt.runs import pruning
 from ckpt.runs.foreign import signs
 from ckpt.runs.retention import Retention
@@ -81,3 +82,45 @@ def test_the_script_replaces_no_weights_that_are_committed(tmp_path: Path) -> No
     os.unlink(tmp_path / "c/manifest.json")
     zero_to_fp32.main([str(tmp_path / "c"), str(weights), "--safe_serialization"])
     assert weights.read_bytes() != before
+
+
+def test_links_and_copies_are_adopted_and_counted_as_what_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("checkpoint-2", "keep-me"):
+        shutil.copytree(STOCK, tmp_path / name)
+    (tmp_path / "best").symlink_to("checkpoint-2")
+    sentence = "best is a link to checkpoint-2 and keep-me is a copy of checkpoint-2\n"
+    for command in (["doctor"], ["prune", "--keep-last", "1"], ["doctor", "--adopt", "--now"]):
+        run(command[0], tmp_path, *command[1:])
+        printed = capsys.readouterr()
+        assert printed.err.endswith(sentence) or command[0] == "prune" and sentence in printed.err
+        if "--adopt" not in command:
+            assert "1 checkpoint is complete but not committed" in printed.err
+
+    folders = [tmp_path / "keep-me", tmp_path / "checkpoint-2"]
+    assert printed.out.splitlines() == [f"adopted\t{folder}" for folder in folders]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of other systems are no bytes")
+def test_no_name_breaks_a_line(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    names = [b"step-4\nckpt: all is well", b"step-5\x1b[31m\xe9"]
+    folders = [Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)) for name in names]
+    for folder in folders:
+        shutil.copytree(STOCK, folder)
+    (folders[1] / "scheduler.pt").unlink()
+    (tmp_path / "latest").write_bytes(b"no\nsuch\x1b[31m\xff")
+
+    one_path = [["show"], ["verify"], ["to-fp32", "--dry-run"], ["pin", "--dry-run"]]
+    calls = [[command, tmp_path] for command in ("ls", "verify", "doctor", "latest")]
+    calls += [[command[0], folders[0], *command[1:]] for command in one_path]
+    for call in (*calls, ["ls", tmp_path, "--json"]):
+        with pytest.raises(SystemExit):
+            main([str(argument) for argument in call])
+        printed = capsysbinary.readouterr()
+        text = (printed.out + printed.err).decode()  # UTF-8 whatever the names are
+        assert "\x1b" not in text and "\nckpt: all is well" not in text, call
+        assert "\\n" in text, call
+
+    listed = json.loads(printed.out)["checkpoints"]
+    assert sorted(os.fsencode(entry["name"]) for entry in listed) == sorted(names)

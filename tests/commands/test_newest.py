@@ -134,7 +134,8 @@ def test_doctor_points_no_latest_at_an_older_one_than_a_resume_takes(
     assert f"ckpt doctor {folder} --adopt commits it" in capsys.readouterr().out
     assert (tmp_path / "latest").read_text() == "checkpoint-99/global_step99"
     run("latest", tmp_path)
-    assert "names checkpoint-99/global_step99, which is not there\n" in capsys.readouterr().err
+    sentence = f"names 'checkpoint-99/global_step99', which is not there; {folder} is the newest"
+    assert sentence in capsys.readouterr().err
     run("doctor", folder, "--adopt")
     run("doctor", tmp_path, "--fix")
     assert (tmp_path / "latest").read_text() == "checkpoint-8/global_step2"
@@ -300,3 +301,42 @@ def test_files_of_two_steps_are_not_complete(tmp_path: Path) -> None:
         (status,) = statuses_of(listing.checkpoints_at(checkpoint), False)
         assert status.complete == is_complete
     assert "holds files of two saves" in status.description
+
+
+def test_a_latest_that_leads_nowhere_is_no_fresh_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run_folder = tmp_path / "out"
+    model = run_folder / "checkpoint-3"
+    run_folder.mkdir()
+    for text in ("global_step9", "checkpoint-9/global_step9", "", "x" * 300):
+        (run_folder / "latest").write_text(text)
+        with pytest.raises(CheckpointError, match="latest to begin a new training") as caught:
+            ckpt.find(run_folder)
+        assert repr(text) in str(caught.value) or f"{run_folder}/latest is empty" in str(caught)
+        run("latest", run_folder, code=1)
+        assert f"delete {run_folder}/latest" in capsys.readouterr().err
+        run("doctor", run_folder, code=1)
+        finding = "names no checkpoint" if not text else f"{text!r}, which is not there"
+        assert finding in capsys.readouterr().out
+        model.mkdir(exist_ok=True)  # weights alone are no work to go on from
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(FIXTURES / "trainer-zero2/checkpoint-2" / name, model)
+
+    (run_folder / "latest").unlink()
+    assert ckpt.find(run_folder) is None
+
+    (run_folder / "latest").write_text("global_step9")
+    tag = shutil.copytree(FIXTURES / "zero2-bf16-w2/global_step2", run_folder / "global_step2")
+    caplog.clear()
+    assert ckpt.find(run_folder) == str(tag)
+    assert f"'global_step9', which is not there; {tag} is the newest" in caplog.text
+
+
+def test_files_of_deepspeed_that_were_left_behind_are_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(FIXTURES / "trainer-zero2/checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.rmtree(folder / "global_step2")
+    run("ls", tmp_path)
+    assert "incomplete: latest names 'global_step2', which is not there" in capsys.readouterr().out

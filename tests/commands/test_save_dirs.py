@@ -93,3 +93,24 @@ def test_a_save_into_a_committed_checkpoint_is_seen_and_nothing_of_it_deleted(
     (folder / MANIFEST).unlink()
     run("latest", folder)
     assert "--adopt" not in capsys.readouterr().err
+
+
+def test_what_save_model_left_in_a_run_is_called_the_same_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under ZeRO-3 that gathers nothing the Trainer saves the engine's states as its model."""
+    for name in ("config.json", "training_args.bin", "latest"):
+        shutil.copy(FIXTURES / "trainer-zero3/checkpoint-2" / name, tmp_path)
+    shutil.copytree(FIXTURES / "trainer-zero3/checkpoint-2/global_step2", tmp_path / "global_step2")
+    for is_stated in (False, True):  # by trainer.save_state()
+        if is_stated:
+            shutil.copy(FIXTURES / "trainer-zero3/checkpoint-2/trainer_state.json", tmp_path)
+        for command, code in (("ls", 0), ("doctor", 0), ("show", 0), ("verify", 0), ("latest", 1)):
+            run(command, tmp_path, code=code)
+            printed = capsys.readouterr()
+            assert "of the engine alone (of trainer.save_model())" in printed.out + printed.err
+            assert "did not finish" not in printed.err
+        with pytest.raises(CheckpointError, match="to begin a new training"):
+            ckpt.find(tmp_path)
+
+    assert ckpt.find(tmp_path / "global_step2") == str(tmp_path / "global_step2")

@@ -100,7 +100,10 @@ def test_a_second_push_makes_no_commit_and_sends_nothing(client: Client, repo: s
     assert again["url"] == first["url"] and not again["new_commit"] and sent(again) == []
     asked = client.hub.journal()[before:]
     assert {one["method"] for one in asked} == {"GET"}
-    assert client("push", "out", repo) == first["url"]
+    done = client._fork(["push", "out", repo], 0)
+    assert done.stdout.strip() == first["url"]
+    assert "0 files sent (0 B), 5 were there, all verified" in done.stderr
+    assert "; its README.md stays as it is; no commit was needed" in done.stderr
     cache = {"XDG_CACHE_HOME": str(client.folder / "empty")}
     other = Client(client.hub, client.folder, cache, client.forks)
     # no journal there: read, and found to be there

@@ -384,7 +384,7 @@ def test_a_file_without_values_is_named(tmp_path: Path) -> None:
 
     assert facts["loads"] is True
     assert any("holds no values" in note for note in facts["notes"])
-    shown = report.show_text(report.show(zero.read(checkpoint)))
+    shown = "\n".join(report.show_lines(report.show(zero.read(checkpoint))))
     assert "holds no values" in shown
 
 
@@ -422,7 +422,7 @@ def test_deepspeed_chats_lora_is_named(tmp_path: Path) -> None:
     ):
         convert.prepare(checkpoint)
     facts = report.show(zero.read(checkpoint))
-    assert "LoRA of DeepSpeed-Chat, r=2" in report.show_text(facts)
+    assert "LoRA of DeepSpeed-Chat, r=2" in "\n".join(report.show_lines(facts))
     assert facts.parameters == 20
 
 
@@ -430,7 +430,7 @@ def test_show_counts_what_is_trained(tmp_path: Path) -> None:
     checkpoint = trainer("dora", tmp_path, exclude_frozen=False)
 
     facts = report.show(zero.read(checkpoint))
-    text = report.show_text(facts)
+    text = "\n".join(report.show_lines(facts))
 
     trained = [p for p in peft_models.model("dora").parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
@@ -447,7 +447,7 @@ def test_show_tells_adapters_apart(tmp_path: Path) -> None:
         parameter.requires_grad_(".default." in name)
     checkpoint = zero_folders.save(model, tmp_path / "checkpoint-2", exclude_frozen=False)
 
-    text = report.show_text(report.show(zero.read(checkpoint)))
+    text = "\n".join(report.show_lines(report.show(zero.read(checkpoint))))
 
     default, reference = (line for line in text.splitlines() if line.startswith("adapter '"))
     assert "adapter 'default' LoRA adapter" in default and "trained parameters in" in default
@@ -641,4 +641,6 @@ def test_a_tied_name_that_stays_is_no_base_and_what_is_trained_besides_is_counte
 
     assert facts.adapter and facts.adapter.base_parameters == 0
     assert facts.adapter.other_parameters == peft_models.HIDDEN
-    assert "also trained 16 parameters outside of the adapter" in report.show_text(facts)
+    assert "also trained 16 parameters outside of the adapter" in "\n".join(
+        report.show_lines(facts)
+    )

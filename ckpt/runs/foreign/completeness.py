@@ -29,17 +29,18 @@ from typing import Any
 from ckpt.folders.filenames import CONVERSION, MANIFEST
 from ckpt.runs.ancestry import record_in
 from ckpt.runs.conversions import conversion_in
-from ckpt.runs.foreign import intact_files, step_records
+from ckpt.runs.foreign import intact_files, signs, step_records
 from ckpt.runs.foreign.proofs import MODEL, OWN, PLAIN_DEEPSPEED, History, Proof
 from ckpt.runs.run import step_in
 from converters import detect
 from converters.accessors import is_whole_number
-from converters.detect import filenames
+from converters.detect import filenames, state_folders
 from converters.detect.deepspeed import PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError, unreadable
 from converters.lazy_pattern import LazyPattern
 from converters.source import Source
 from converters.storage import open_files
+from converters.storage.store import File
 from converters.words import counted
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.discovery import is_tag_folder
@@ -70,7 +71,7 @@ def step_of(path: Path) -> int | None:
     """
     try:
         if path.is_dir() and (path / STATE).is_file():
-            return int(trainer_state(path)["global_step"])
+            return stated_step(path)
         return _proof(path, None).step if path.is_file() or has_tag(path) else None
     except (CheckpointError, OSError):
         return None
@@ -112,6 +113,7 @@ def _proof(path: Path, tag: str | None) -> Proof:
         return _lightning_file(path)
 
     entry_names = {entry.name for entry in os.scandir(path)}
+    _require_named_tag(path, entry_names)
     if STATE in entry_names or entry_names & _OF_TRAINER:
         return _of_trainer(path, entry_names)
     if any(re.fullmatch(RANDOM, entry_name) for entry_name in entry_names):
@@ -129,6 +131,18 @@ def _proof(path: Path, tag: str | None) -> Proof:
         return Proof(path, kind)
 
     return _of_functions(path, entry_names)
+
+
+def _require_named_tag(path: Path, entry_names: set[str]) -> None:
+    """``CheckpointError`` where DeepSpeed's ``latest`` names a folder that is not there,
+    and no other one is: all of its files were left behind, or deleted."""
+    if filenames.LATEST not in entry_names or has_tag(path):
+        return
+
+    tag_name = state_folders.tag_in(path / filenames.LATEST)
+    damage = detect.detect(path).damage
+    if tag_name is not None and damage is not None and not (path / tag_name).is_dir():
+        raise damage
 
 
 def _of_functions(path: Path, entry_names: set[str]) -> Proof:
@@ -207,6 +221,25 @@ def trainer_state(folder: Path) -> dict[str, Any]:
     return dict(state)
 
 
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """The step that a file says, which is small enough to be kept of every checkpoint."""
+
+    number: int
+
+
+_STEP_NBYTES = 64  # of memory
+
+
+def stated_step(folder: Path) -> int:
+    """The step that the Trainer's state says; as ``trainer_state``."""
+
+    def parse(_: File) -> tuple[_Step, int]:
+        return _Step(int(trainer_state(folder)["global_step"])), _STEP_NBYTES
+
+    return open_files.parsed(folder / STATE, "step", parse).number
+
+
 def history_of(folder: Path) -> History | None:
     """The log of the Trainer at this checkpoint; ``None`` if it is not a Trainer's."""
     if not (folder / STATE).is_file():
@@ -222,14 +255,20 @@ def history_of(folder: Path) -> History | None:
 
 
 def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
+    if signs.is_saved_model(folder):
+        raise CheckpointError(
+            f"{folder} holds a state of the engine alone (of trainer.save_model()), from which the "
+            "Trainer cannot go on: ckpt.resume of a loop of your own takes its tag by name; name "
+            "another folder to begin a new training",
+            "incomplete",
+        )
     if STATE not in entry_names:
         raise CheckpointError(
             f"{folder} has no {STATE}, which the Trainer writes last: its save did not finish",
             "incomplete",
         )
 
-    state = trainer_state(folder)
-    step, history = int(state["global_step"]), history_of(folder)
+    step, history = stated_step(folder), history_of(folder)
     rng_ranks = intact_files.require_rng_ranks(folder, entry_names)
     intact_files.require_files(folder, filterfalse(_is_tools_own, entry_names), has_tag(folder))
 

@@ -8,10 +8,12 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from hashlib import sha256
 from pathlib import Path
 
 from ckpt.runs.foreign.overwriting import SLACK, SLOWEST
 from converters.detect.filenames import TRAINER_STATE
+from converters.storage import open_files
 
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*.safetensors")
 # what the Trainer writes right after the weights (transformers 5.23 ``trainer.py``:
@@ -73,9 +75,36 @@ def weights_of_another(folder: Path) -> tuple[Path, Path] | None:
 def twins(path: Path) -> Iterator[Path]:
     """The files of the same name, with the same bytes as far as is looked, in the
     folders beside that of ``path``."""
-    for candidate in sorted(path.parent.parent.glob(f"*/{path.name}")):
+    run_folder, name = path.parent.parent, path.name
+    siblings = open_files.once_a_command(
+        ("siblings", run_folder, name), lambda: _Siblings(run_folder, name)
+    )
+    for candidate in siblings.like(path):
         if candidate.parent != path.parent and _has_same_bytes(path, candidate):
             yield candidate
+
+
+class _Siblings:
+    """The files of one name in the folders of a run, by what they hold.
+
+    Each is looked at once, however many of them are compared with the others.
+    """
+
+    def __init__(self, run_folder: Path, name: str):
+        self.by_size: dict[int, list[Path]] = {}
+        self.by_bytes: dict[int, dict[bytes, list[Path]]] = {}
+        for path in sorted(run_folder.glob(f"*/{name}")):
+            self.by_size.setdefault(path.stat().st_size, []).append(path)
+
+    def like(self, path: Path) -> list[Path]:
+        """Those with the size and the bytes of ``path``, as far as is looked."""
+        nbytes = path.stat().st_size
+        if nbytes not in self.by_bytes:
+            groups = self.by_bytes[nbytes] = {}
+            for candidate in self.by_size.get(nbytes, []):
+                groups.setdefault(_digest(candidate, nbytes), []).append(candidate)
+
+        return self.by_bytes[nbytes].get(_digest(path, nbytes), [])
 
 
 def _apart(folder: Path) -> list[Path]:
@@ -105,13 +134,16 @@ def _has_same_bytes(path: Path, candidate: Path) -> bool:
     if candidate.stat().st_size != nbytes:
         return False
 
-    last = max(0, nbytes - _BLOCK)
-    starts = sorted({last * number // (_PLACES - 1) for number in range(_PLACES)})
-    with open(path, "rb") as stream, open(candidate, "rb") as other_stream:
-        for start in starts:
-            stream.seek(start)
-            other_stream.seek(start)
-            if stream.read(_BLOCK) != other_stream.read(_BLOCK):
-                return False
+    return _digest(path, nbytes) == _digest(candidate, nbytes)
 
-    return True
+
+def _digest(path: Path, nbytes: int) -> bytes:
+    """A digest of the bytes in places all over a file of ``nbytes``."""
+    digest = sha256()
+    last = max(0, nbytes - _BLOCK)
+    with open(path, "rb") as stream:
+        for start in sorted({last * number // (_PLACES - 1) for number in range(_PLACES)}):
+            stream.seek(start)
+            digest.update(stream.read(_BLOCK))
+
+    return digest.digest()

@@ -28,6 +28,16 @@ def of_folder(folder: Path) -> History | None:
         return None
 
 
+def is_logged(folder: Path) -> bool:
+    """Whether ``of_folder`` has a log, which is not read again where its step is known."""
+    try:
+        completeness.stated_step(folder)
+    except (CheckpointError, OSError):
+        return False
+
+    return True
+
+
 def difference(history: History | None, later_history: History | None) -> str | None:
     """The first entry that the later log lacks of the other one, as words ("at step
     4"); ``None`` if nothing, or one of them has no log."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ckpt.runs.recognition import is_spare
 from converters.errors import CheckpointError
 from converters.formats import safetensors
 from converters.storage import bounded_json, open_files
+from converters.storage.store import File, read_exactly
 from converters.torch_files import reader, zip_directory
 from converters.words import counted
 
@@ -31,7 +33,15 @@ WEIGHTS_NAMES = frozenset(
 )
 TORCH = (".pt", ".pth", ".pkl")
 _TORCH_BINS = ("training_args", *WEIGHTS, "scheduler", "optimizer", "sampler", "dl_state_dict")
+_ZIP = b"PK\x03\x04"
 MAX_INDEX_BYTES = 256 << 20  # of an index, or of .metadata of DCP
+
+
+@dataclass(frozen=True, eq=False)
+class _Json:
+    """The content of a JSON file, which is parsed once in a command."""
+
+    content: Any
 
 
 def require_file(path: Path) -> None:
@@ -85,9 +95,11 @@ def require_torch_file(path: Path) -> Any:
         if error.kind not in ("unsupported", "refused"):
             raise
 
-    # of a kind that is not read; its zip says whether it is whole
-    with open_files.opened(path) as file:
-        zip_directory.read(file, path)
+        # of a kind that is not read; its zip, if it is one, says whether it is whole
+        with open_files.opened(path) as file:
+            if file.read([(0, len(_ZIP))])[0] != _ZIP:
+                raise
+            zip_directory.read(file, path)
 
     return None
 
@@ -96,16 +108,22 @@ def read_json(path: Path) -> Any:
     """The content of the file;
     ``CheckpointError`` if it is not there, cut short or damaged."""
     try:
-        if not path.exists():
-            raise CheckpointError(f"{path.parent} has no {path.name}", "incomplete")
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise CheckpointError(f"{path} is over {MAX_INDEX_BYTES} bytes", "refused")
-        data = path.read_bytes()
+        return open_files.parsed(path, "json", _parse_json).content
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} has no {path.name}", "incomplete") from error
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", "incomplete") from error
 
+
+def _parse_json(file: File) -> tuple[_Json, int]:
+    """The content of an open file, and the bytes that were parsed."""
+    path = file.name
+    if file.size > MAX_INDEX_BYTES:
+        raise CheckpointError(f"{path} is over {MAX_INDEX_BYTES} bytes", "refused")
+
+    data = read_exactly(file, 0, file.size)
     try:
-        return json.loads(data)
+        return _Json(json.loads(data)), len(data)
     except RecursionError as error:
         raise CheckpointError(f"{path} is damaged: its lists nest too deep") from error
     except ValueError as error:

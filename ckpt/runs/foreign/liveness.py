@@ -26,17 +26,17 @@ Look = dict[str, tuple[int, int, int]]
 
 def look(path: Path) -> Look:
     """Size, time of change and time of the inode's change of every file, by its path."""
-    paths = [path]
+    file_paths = [str(path)]
     for parent, _, names in os.walk(path):
-        paths += [Path(parent, name) for name in names]
+        file_paths += [os.path.join(parent, name) for name in names]
     seen_files: Look = {}
-    for file_path in paths:
+    for file_path in file_paths:
         try:
-            status = file_path.lstat()
+            status = os.lstat(file_path)
         except FileNotFoundError:
             continue  # the second look misses it
         times = (status.st_mtime_ns, status.st_ctime_ns)
-        seen_files[str(file_path)] = (status.st_size, *times)
+        seen_files[file_path] = (status.st_size, *times)
 
     return seen_files
 

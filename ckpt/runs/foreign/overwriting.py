@@ -199,7 +199,8 @@ def _matching(entries: Sequence[Path], patterns: tuple[str, ...]) -> Iterator[Pa
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.rglob("*")) if file.is_file())
+    paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return (Path(path) for path in sorted(paths) if os.path.isfile(path))
 
 
 def _compared(path: Path, tag: str | None) -> value_samples.SampleComparison:

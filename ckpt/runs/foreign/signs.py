@@ -11,10 +11,13 @@ from converters import detect
 from converters.detect.filenames import TRAINER_STATE
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
+from converters.zero.files.discovery import is_tag_folder
 
 _NAME = LazyPattern(r"(?:checkpoint|global_step|step|ckpt|iter|iteration|epoch)s?[-_=]?\d+")
 _NUMBER = LazyPattern(r"(\d{1,18})(?:\.ckpt)?$")
 _PREFIX = LazyPattern(r"(?:checkpoint|weights|global_step|step|ckpt|iter|epoch)[-_=]?\d+.*")
+_ARGUMENTS = "training_args.bin"
+_STATES = frozenset(("optimizer.pt", "optimizer.bin", "scheduler.pt"))
 _SIGNS = frozenset(("optimizer.pt", "optimizer.bin", "random_states_0.pkl", ".metadata"))
 
 
@@ -42,6 +45,31 @@ def has_signs(path: Path) -> bool:
     return bool(entry_names & _SIGNS) or any(
         name.startswith("pytorch_model_fsdp") or name.endswith(".metadata") for name in entry_names
     )
+
+
+def is_saved_model(folder: Path) -> bool:
+    """Whether ``trainer.save_model()`` saved the engine's states right into a run.
+
+    That is how a model is saved under ZeRO-3 that gathers nothing (transformers 5.23
+    ``trainer.py``: ``save_model``): tag and ``training_args.bin``, and nothing that the
+    Trainer itself goes on with.
+    """
+    if is_usual(folder.name) or not (folder / _ARGUMENTS).is_file():
+        return False
+
+    entry_names = {entry.name for entry in os.scandir(folder)}
+    if entry_names & _STATES or any(name.startswith("rng_state") for name in entry_names):
+        return False
+    return any(
+        entry.is_dir() and not entry.name.startswith(".") and is_tag_folder(Path(entry.path))
+        for entry in os.scandir(folder)
+    )
+
+
+def is_engine_alone(folder: Path) -> bool:
+    """Whether a folder is the tag that ``trainer.save_model()`` saved into a run."""
+    is_tag = folder.is_dir() and is_tag_folder(folder)
+    return is_tag and is_saved_model(folder.parent)
 
 
 def closed_folders(run_folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ checksums     what has a checksum in a checkpoint, all of it or a sample, and wh
 verification  whether checkpoints are whole: by names and headers, or by every byte
 target        what a path and a tag mean: a run, a checkpoint, or nothing yet
 copies        which are copies by hand of others
+dangling      whether the file latest of a run names what is not there
 trainings     which are of several trainings, as their logs differ
 offers        the checkpoints of a run that a training can go on from, the newest first
 offer_order   in which order they come

@@ -20,8 +20,10 @@ from ckpt.runs.recognition import is_numbered, is_set_aside, step_in
 from ckpt.runs.run import RunCheckpoint, original_of
 from converters.detect.filenames import TRAINER_STATE
 from converters.storage import local
+from converters.words import some, verb
 
 _MAX_READ = 1 << 20  # bytes of a file that has no CRC32s, from each end
+_COPY_WORDS = ("copy of", "copies of")
 Originals = dict[Path, RunCheckpoint]
 
 
@@ -74,6 +76,25 @@ def origins(checkpoints: Sequence[RunCheckpoint]) -> Originals:
         for checkpoint in checkpoints
         if (original := original_of(checkpoint, checkpoints)) is not None
     }
+
+
+def remarks(copied: Originals) -> list[str]:
+    """A line on each original: what is a link to it, and what is a copy of it."""
+    names: dict[str, dict[bool, list[str]]] = {}
+    for folder, original in sorted(copied.items()):
+        sorts = names.setdefault(original.name, {})
+        sorts.setdefault(folder.is_symlink(), []).append(folder.name)
+
+    lines = []
+    for original_name, sorts in names.items():
+        forms = [
+            f"{some(folder_names)} {verb(len(folder_names), f'is a {noun}', f'are {plural}')}"
+            for is_link, noun, plural in ((True, "link to", "links to"), (False, *_COPY_WORDS))
+            if (folder_names := sorts.get(is_link))
+        ]
+        lines.append(f"{' and '.join(f'{form} {original_name}' for form in forms)}")
+
+    return lines
 
 
 def sentence(checkpoint: RunCheckpoint, original: RunCheckpoint) -> str:

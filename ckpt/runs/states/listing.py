@@ -194,7 +194,8 @@ def is_single(path: Path) -> bool:
 
     from ckpt.runs.foreign import completeness
 
-    is_trainers = (path / completeness.STATE).exists() or path.name.endswith(".ckpt")
+    has_state = (path / completeness.STATE).exists() and not signs.is_saved_model(path)
+    is_trainers = has_state or path.name.endswith(".ckpt")
 
     is_saved_as_one = is_numbered(path) or is_trainers or (path / MANIFEST).is_file()
 

@@ -27,7 +27,7 @@ from ckpt.runs.run import (
     require_read,
     without_derived,
 )
-from ckpt.runs.states import copies, misnumbered, skipped, trainings
+from ckpt.runs.states import copies, dangling, misnumbered, skipped, trainings
 from ckpt.runs.states.copies import Originals
 from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.states.offer_order import TopologyFilter, newest_first
@@ -40,6 +40,7 @@ from ckpt.runs.states.skipped import (
 )
 from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
+from converters.words import shell_word
 from converters.zero.files.discovery import is_tag_folder
 
 log = logging.getLogger("ckpt")
@@ -86,7 +87,7 @@ class Offers:
         candidates = [checkpoint for checkpoint in present if checkpoint not in others]
         self.checkpoints = newest_first(candidates, fits)
         self.skipped: list[SkippedCandidate] = []
-        self.remarks: list[str] = []  # on later saves than the one that counts
+        self.remarks: list[str] = []  # on later saves than the one that counts, and on latest
         self.reasons: dict[Path, str | None] = {}  # why a committed one is unusable
 
     def __iter__(self) -> Iterator[Offer]:
@@ -94,6 +95,7 @@ class Offers:
         for number, offer in enumerate(self._offers_of_line()):
             if not number:
                 self._skip_misnumbered(offer)
+                self._note_dangling(offer)
             yield offer
 
         others = self.other_lines
@@ -182,6 +184,20 @@ class Offers:
         for path, reason in misnumbered.reasons(self.checkpoints[position + 1 :], step):
             self.skip(path, reason, "apart")
 
+    def _note_dangling(self, offer: Offer) -> None:
+        """Says that DeepSpeed's own file names what is not there, where something else is taken."""
+        sentence = dangling.finding(self.run)
+        if sentence is None:
+            return
+
+        remedy = f"; ckpt doctor {shell_word(self.run)} --fix mends it" if not offer.proof else ""
+        self._remark(f"{sentence}; {offer.checkpoint.folder} is the newest to resume from{remedy}")
+
+    def _remark(self, remark: str) -> None:
+        self.remarks.append(remark)
+        if self.announces:
+            log.warning("%s", remark)
+
     def _is_engine_alone(self, checkpoint: RunCheckpoint) -> bool:
         """Whether it is a tag beside checkpoints of a Trainer, which could not go on from it."""
         folder = checkpoint.folder
@@ -225,6 +241,7 @@ class Offers:
         if (error := skipped.lost_work(self.run, self.skipped)) is not None:
             raise error
 
+        dangling.require_none(self.run)
         if self.skipped:
             newest = self.skipped[0].path
             log.warning(
@@ -282,9 +299,7 @@ class Offers:
             finding = trainings.order_doubt_of(checkpoint, step, present)
         if finding is None:
             return
-        self.remarks.append(finding.remark)
-        if self.announces:
-            log.warning("%s", finding.remark)
+        self._remark(finding.remark)
 
     def _counts(self, checkpoint: RunCheckpoint, proof: Proof) -> bool:
         """Whether it is of the training that saved last, whoever wrote that; as ``_succeeds``."""

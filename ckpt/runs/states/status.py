@@ -86,6 +86,12 @@ class CheckpointStatus:
         return save_dirs.is_tag(self.checkpoint.folder)
 
     @property
+    def is_engine_alone(self) -> bool:
+        """Whether it is a tag of ``trainer.save_model()``,
+        from which the Trainer cannot go on."""
+        return signs.is_engine_alone(self.checkpoint.folder)
+
+    @property
     def is_save_dir(self) -> bool:
         """Whether it is a run itself, which DeepSpeed loads by its file latest."""
         return save_dirs.is_save_dir(self.checkpoint.folder)
@@ -168,6 +174,7 @@ class CheckpointStatus:
             return ""
         if self.complete:
             writer = f"; written by {self.writer}" if self.writer is not None else ""
+            writer += "; of the engine alone (of trainer.save_model())" * self.is_engine_alone
             remark = f"; {OF_EARLIER_SAVE}" if self.checkpoint.is_overwritten else ""
             return f"{self.finding}{writer}{remark}"
 
@@ -315,10 +322,16 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
 
     foreign = [status for status in complete if not status.adoptable]
     states = [status for status in foreign if status.tier == "full"]
-    tags = [status for status in states if status.is_tag]
+    tags = [status for status in states if status.is_tag and not status.is_engine_alone]
     if tags:
         lines.append(
             _uncommitted_line(tags, verb(len(tags), "a tag in a save_dir", "tags in a save_dir"))
+        )
+    if engines := [status.checkpoint.name for status in states if status.is_engine_alone]:
+        lines.append(
+            f"{some(engines)} {verb(len(engines), 'is', 'are')} of the engine alone (of "
+            "trainer.save_model()): the Trainer cannot go on from it, and ckpt doctor --adopt, "
+            "prune and slim leave it alone"
         )
     own_runs = [status for status in states if status.is_save_dir]
     if own_runs:

@@ -24,6 +24,7 @@ from ckpt.runs.run import (
     require_read,
     without_derived,
 )
+from ckpt.runs.states import dangling
 from ckpt.runs.states.listing import checkpoints_in, runs_in, runs_instead
 from ckpt.runs.states.offer_order import TopologyFilter, is_fitting
 from converters.detect import detect
@@ -128,12 +129,13 @@ def _require_beginning(path: Path) -> None:
     """``CheckpointError`` for a checkpoint of another kind,
     which a new training would pass over.
 
-    So is the folder that Accelerate and Lightning make for their checkpoints. Other
+    So is a file latest that names what is not there, and the folder that Accelerate and Lightning make for their checkpoints. Other
     runs, weights and other files that lie in a run's folder are only said.
     """
     runs = runs_in(path)
     if path / OWN_FOLDER in runs:
         raise CheckpointError(runs_instead(path, [path / OWN_FOLDER]), "incomplete")
+    dangling.require_none(path)
     if runs:
         log.warning("no checkpoint to resume from: %s", runs_instead(path, runs))
         return
@@ -151,17 +153,19 @@ def _require_beginning(path: Path) -> None:
 
 
 def _has_other_tags(path: Path) -> bool:
-    """Whether DeepSpeed's ``latest`` names a tag that is not whole,
+    """Whether DeepSpeed's ``latest`` names a tag that is not whole or not there,
     and there are others."""
     tags = [inner_folder for inner_folder in signs.candidates(path) if is_checkpoint(inner_folder)]
-    if is_numbered(path) or len(tags) < 2:
+    is_dangling = dangling.finding(path) is not None
+    if is_numbered(path) or len(tags) < (1 if is_dangling else 2):
         return False
 
     try:
         completeness.prove(path)
     except CheckpointError as error:
         require_read(error)
-        log.warning("%s: %s", path, error)
+        if not is_dangling:  # which the offers say
+            log.warning("%s: %s", path, error)
         return True
 
     return False

@@ -164,7 +164,7 @@ def _rivals(checkpoint: RunCheckpoint, present: Sequence[RunCheckpoint]) -> list
     return [
         entry
         for entry in sorted(candidates, key=lambda entry: saved_at(entry.folder), reverse=True)
-        if history is None or histories.of_folder(entry.folder) is None
+        if history is None or not histories.is_logged(entry.folder)
     ]
 
 

@@ -87,14 +87,17 @@ def survey(
     """The states of those checkpoints that are not committed; as ``statuses_of``.
 
     One whose manifest is damaged is judged as if it had none. One that lacks what its
-    manifest lists is incomplete.
+    manifest lists is incomplete. A link to another one of these has the manifest of that.
     """
+    present = list(checkpoints)
+    linked = {entry.folder.resolve() for entry in present if not entry.folder.is_symlink()}
     candidates = [
         checkpoint
         if checkpoint.manifest is not None
         else replace(checkpoint, manifest=None, why=manifest.ABSENT)
-        for checkpoint in checkpoints
-        if not checkpoint.committed
+        for checkpoint in present
+        if not (checkpoint.folder.is_symlink() and checkpoint.folder.resolve() in linked)
+        and not checkpoint.committed
         and (checkpoint.manifest is not None or _may_be_adopted(checkpoint))
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -151,7 +152,9 @@ def _dangling(
 
     description = _EMPTY
     if pointer_text:
-        description = f"names {pointer_text!r}, which is not a committed checkpoint"
+        is_there = os.path.lexists(run.path / pointer_text)
+        finding = "which is not a committed checkpoint" if is_there else "which is not there"
+        description = f"names {pointer_text!r}, {finding}"
     if pointer_name == "best":
         yield Finding(
             run.path / pointer_name,
@@ -174,9 +177,9 @@ def _way_on(run: Run, statuses: Sequence[CheckpointStatus]) -> str:
         )
 
     resumable = [status for status in statuses if status.complete and status.tier == "full"]
-    newest = max(resumable, key=lambda status: status.step or 0, default=None)
+    newest = max(reversed(resumable), key=lambda status: status.step or 0, default=None)
     if newest is None:
-        return "; bring back what it names, or delete it to begin a new training"
+        return "; bring back the checkpoint, or delete it to begin a new training"
     return f"; make it name {newest.checkpoint.name}, or delete it"
 
 

@@ -6,9 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from converters.errors import CheckpointError
-from converters.storage import misplaced_files
+from converters.lazy_pattern import LazyPattern
+from converters.storage import misplaced_files, stores
 from converters.zero.files import discovery, state_files
 from converters.zero.files.state_files import State
+
+_MODEL_RANK = LazyPattern(r"mp_rank_(\d+) ")
+_IN_NAME = LazyPattern(r"mp_rank_\d+")
+_DATA_RANK = LazyPattern(r"zero_pp_rank_\d+_")
 
 
 def in_rank_order(
@@ -76,18 +81,48 @@ def require_ranks(
         if node_local:
             origin = "the folders of the other nodes (use_node_local_storage)"
         raise CheckpointError(
-            f"{place.folder} was saved by {rank_count} ranks, but the {file_kind} "
-            f"files of rank {rank_list(missing_ranks)} are missing; copy them here "
+            f"{place.folder} was saved by {_rank_words(rank_count, file_kind)}, but the "
+            f"{missing_files(place, file_kind, missing_ranks)}; copy them here "
             f"from {origin}{misplaced_files.missing(place.folder)}",
             "incomplete",
         )
 
     if surplus_ranks:
         raise CheckpointError(
-            f"{place.folder} was saved by {rank_count} ranks, but has {file_kind} "
+            f"{place.folder} was saved by {_rank_words(rank_count, file_kind)}, but has {file_kind} "
             f"files of rank {rank_list(surplus_ranks)} too: they are of another save; "
             "move them away"
         )
+
+
+def missing_files(place: discovery.Place, file_kind: str, ranks: Sequence[int]) -> str:
+    """That the files of ``ranks`` are missing, with the name of the first one, if others
+    of its kind show how they are called."""
+    name = _name_of(place, file_kind, ranks[0])
+    others = " and others" if len(ranks) > 1 else ""
+    shown = f" ({name}{others})" if name else ""
+    return f"{file_kind} files of rank {rank_list(ranks)} are missing{shown}"
+
+
+def _rank_words(rank_count: int, file_kind: str) -> str:
+    """Whose files are counted: of several model ranks each has some of every data rank."""
+    return f"{rank_count} {'data-parallel ' if _MODEL_RANK.match(file_kind) else ''}ranks"
+
+
+def _name_of(place: discovery.Place, file_kind: str, rank: int) -> str | None:
+    """The name of a rank's file, as that of another one of its kind has it."""
+    model_rank = _MODEL_RANK.match(file_kind)
+    pattern = {"optimizer": discovery.OPTIMIZER, "model": discovery.PARTITIONED}.get(
+        file_kind[model_rank.end() :] if model_rank else file_kind
+    )
+    names = [name for name in stores.names(place.folder) if pattern and pattern.fullmatch(name)]
+    if not names:
+        return None
+
+    name = _DATA_RANK.sub(f"zero_pp_rank_{rank}_", names[0])
+    if model_rank is not None:
+        name = _IN_NAME.sub(f"mp_rank_{model_rank[1]}", name)
+    return None if name in names else name
 
 
 def rank_list(ranks: Sequence[int]) -> str:

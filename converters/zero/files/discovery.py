@@ -103,10 +103,9 @@ def _newest(path: Path, latest: Path) -> Place:
             raise CheckpointError(f"{latest} {misplaced_note}", "incomplete")
 
         stated = f"{tag_name!r}, which is not there" if tag_name else "no tag"
-        raise CheckpointError(
-            f"{latest} names {stated}; {state_folders.offer(path)}",
-            "incomplete",
-        )
+        offer = state_folders.offer(path)
+        remedy = ": bring that folder back" if tag_name and offer == state_folders.NOTHING else ""
+        raise CheckpointError(f"{latest} names {stated}; {offer}{remedy}", "incomplete")
 
     inner_folder = (path / tag_name).parent
     # a run's pointer names a folder with a pointer of its own: checkpoint-5/global_step5

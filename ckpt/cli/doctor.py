@@ -149,7 +149,7 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
     from ckpt.cli.results.upkeep import DoctorResult, FindingEntry
     from ckpt.runs.states import copies, trainings
     from ckpt.runs.states import listing as listings
-    from ckpt.runs.states.status import adoption_hint
+    from ckpt.runs.upkeep.adoption_hints import adoption_hint
 
     lines = [
         f"mended\t{finding.path}: {finding.what}; --fix: {finding.remedy}" for finding in mended
@@ -275,7 +275,7 @@ def _without_latest(path: Path, outcomes: Sequence[AdoptionOutcome]) -> list[str
 
 def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> Output:
     from ckpt.cli.results.upkeep import AdoptionEntry, AdoptResult
-    from ckpt.runs.states.status import adoption_hint
+    from ckpt.runs.upkeep.adoption_hints import adoption_hint
 
     verb = "would adopt" if dry_run else "adopted"
     lines = [f"{verb}\t{outcome.folder}" for outcome in outcomes if outcome.adopted]

@@ -203,7 +203,8 @@ def _alone_lines(run: Path, has_outcomes: bool, alone: Sequence[CheckpointStatus
     """Lines on what was not touched, or on what lies there instead of checkpoints."""
     from ckpt.runs import user_paths
     from ckpt.runs.states import copies
-    from ckpt.runs.states.status import CheckpointState, adoption_hint
+    from ckpt.runs.states.status import CheckpointState
+    from ckpt.runs.upkeep.adoption_hints import adoption_hint
     from converters.words import counted, shell_word, some, verb
 
     is_known = any(status.state is not CheckpointState.UNKNOWN for status in alone)

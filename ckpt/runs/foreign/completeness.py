@@ -128,7 +128,7 @@ def _proof(path: Path, tag: str | None) -> Proof:
         if is_lightning:
             intact_files.require_torch_file(path / "meta.pt")
         kind = "Lightning with FSDP" if is_lightning else "torch's distributed checkpoint"
-        return Proof(path, kind)
+        return Proof(path, kind, resumable=is_lightning or dcp_files.has_states(path))
 
     return _of_functions(path, entry_names)
 
@@ -157,6 +157,8 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
     model_parts = dcp_files.fsdp_parts(path, "pytorch_model_fsdp")
     if model_parts and dcp_files.fsdp_parts(path, "optimizer"):
         return Proof(path, "FSDP")
+    if model_parts and record_in(path) is not None:  # ckpt to-dcp, of weights alone
+        return Proof(path, OWN, resumable=False)
     if model_parts:
         raise CheckpointError(
             f"{path} has FSDP's model, but no optimizer.bin, optimizer_0 or optimizer_0_rank0.bin "

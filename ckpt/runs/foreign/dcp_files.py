@@ -59,6 +59,22 @@ def require_dcp(folder: Path) -> None:
         item_forms.require_form(place)  # all items are looked at by ``verify --data``
 
 
+@open_files.once()
+def has_states(folder: Path) -> bool:
+    """Whether a folder of torch's distributed checkpoint
+    holds more than the weights of a model."""
+    from converters.dcp.dcp_state import DcpState
+    from converters.dcp.keys import layouts
+
+    leaves = DcpState(folder).leaves
+    try:
+        layout = layouts.split(leaves, folder)
+    except CheckpointError:  # of several models, perhaps: nobody knows what is whose
+        return True
+
+    return len(layout.model) < len(leaves)
+
+
 def _require_described(folder: Path, rank_count: int) -> None:
     """``CheckpointError`` where a rank's bytes are there, and not what describes them."""
     if (folder / ".metadata").is_file():

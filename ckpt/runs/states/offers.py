@@ -16,9 +16,9 @@ from pathlib import Path
 from ckpt.runs import lineage
 from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
-from ckpt.runs.foreign import completeness, liveness
+from ckpt.runs.foreign import liveness
 from ckpt.runs.foreign.overwriting import require_one_save
-from ckpt.runs.foreign.proofs import STATES_ALONE, Proof
+from ckpt.runs.foreign.proofs import Proof
 from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import (
     RunCheckpoint,
@@ -33,12 +33,11 @@ from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.states.offer_order import TopologyFilter, newest_first
 from ckpt.runs.states.skipped import (
     ENGINE_ALONE,
-    NO_TRAINER_STATE,
+    OTHER_FORMAT,
     UNCOMMITTED,
     SkippedCandidate,
     Sort,
 )
-from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
 from converters.words import shell_word
 from converters.zero.files.discovery import is_tag_folder
@@ -76,6 +75,7 @@ class Offers:
     ):
         self.run, self.deepspeed, self.committed_only = run, deepspeed, committed_only
         self.announces = announces
+        self.loads_deepspeed = deepspeed or fits is not None
         present = _without_universal(checkpoints_in(run))
         line_members = members(present)
         self.other_lines = [
@@ -141,13 +141,19 @@ class Offers:
         for checkpoint in self.checkpoints:
             if checkpoint.why != manifests.ABSENT:
                 reason = self._hindrance(checkpoint)
+                is_apart = reason is None and self._other_trainer(checkpoint) is not None
+                reason = OTHER_FORMAT if is_apart else reason
                 if reason is None:
                     if not has_usable:
                         self._note_later_saves(checkpoint, checkpoint.step, is_first=not has_offer)
                     has_usable = has_offer = True
                     yield Offer(checkpoint)
                 else:
-                    self.skip(checkpoint.folder, reason, _sort(checkpoint))
+                    self.skip(
+                        checkpoint.folder,
+                        reason,
+                        "apart" if is_apart else skipped.sort_of(checkpoint),
+                    )
 
                 continue
 
@@ -160,8 +166,8 @@ class Offers:
                 continue
 
             proof = self._prove(checkpoint)
-            if proof is not None and self._has_trainers and proof.kind in STATES_ALONE:
-                self.skip(checkpoint.folder, NO_TRAINER_STATE, "apart")
+            if proof is not None and (reason := self._other_trainer(checkpoint, proof.kind)):
+                self.skip(checkpoint.folder, reason, "apart")
                 continue
             if proof is not None and (has_usable or self._counts(checkpoint, proof)):
                 if not has_offer:
@@ -198,6 +204,11 @@ class Offers:
         if self.announces:
             log.warning("%s", remark)
 
+    def _other_trainer(self, checkpoint: RunCheckpoint, writer: str | None = None) -> str | None:
+        return skipped.other_trainer(
+            checkpoint, writer, self.checkpoints, deepspeed=self.loads_deepspeed
+        )
+
     def _is_engine_alone(self, checkpoint: RunCheckpoint) -> bool:
         """Whether it is a tag beside checkpoints of a Trainer, which could not go on from it."""
         folder = checkpoint.folder
@@ -206,9 +217,7 @@ class Offers:
     @cached_property
     def _has_trainers(self) -> bool:
         """Whether a Trainer saved one of these."""
-        return any(
-            (candidate.folder / completeness.STATE).is_file() for candidate in self.checkpoints
-        )
+        return skipped.has_trainers(self.checkpoints)
 
     @cached_property
     def _copies(self) -> Originals:
@@ -254,7 +263,7 @@ class Offers:
 
     def _hindrance(self, checkpoint: RunCheckpoint) -> str | None:
         if checkpoint.folder not in self.reasons:
-            self.reasons[checkpoint.folder] = unusable(checkpoint)
+            self.reasons[checkpoint.folder] = skipped.unusable(checkpoint)
         return self.reasons[checkpoint.folder]
 
     def _prove(self, checkpoint: RunCheckpoint) -> Proof | None:
@@ -353,23 +362,6 @@ def _without_universal(checkpoints: Iterable[RunCheckpoint]) -> list[RunCheckpoi
         for checkpoint in present
         if not checkpoint.is_universal or original_of(checkpoint, present) is None
     ]
-
-
-def _sort(checkpoint: RunCheckpoint) -> Sort:
-    """The sort of a checkpoint with a manifest that cannot be gone on from."""
-    if checkpoint.tier != "weights":
-        return "lost"
-    return "slimmed" if checkpoint.is_slimmed else "weights"
-
-
-def unusable(checkpoint: RunCheckpoint) -> str | None:
-    """Why training cannot go on from a committed checkpoint; ``None`` if it can."""
-    if checkpoint.unusable is not None:
-        return checkpoint.unusable
-    try:
-        return verify(checkpoint).hindrance
-    except CheckpointError as error:
-        return str(error)
 
 
 def require_deepspeed(proof: Proof, base: RunCheckpoint | None = None) -> None:

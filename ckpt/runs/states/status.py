@@ -30,7 +30,6 @@ from converters.detect import detect
 from converters.detect.kinds import BY_NAME
 from converters.errors import CheckpointError
 from converters.storage import open_files
-from converters.words import counted, shell_word, some, verb
 
 MODEL_ONLY = "complete, model only, cannot be resumed"
 OF_EARLIER_SAVE = "its manifest.json is of an earlier save"
@@ -307,71 +306,3 @@ def saved_at(place: Path) -> float:
 def subjectless(message: str, folder: Path) -> str:
     """A message about a checkpoint as words after its name."""
     return message.removeprefix(f"{folder}/").removeprefix(f"{folder} ").removeprefix(f"{folder}: ")
-
-
-def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
-    """Lines on what is complete and not committed, and on what commits it."""
-    complete = [status for status in statuses if status.complete]
-    adoptable = [status for status in complete if status.adoptable]
-    lines = []
-    if adoptable:
-        lines.append(
-            f"{_described(len(adoptable))} complete but not committed; "
-            f"ckpt doctor {shell_word(run)} --adopt commits {verb(len(adoptable), 'it', 'them')}"
-        )
-
-    foreign = [status for status in complete if not status.adoptable]
-    states = [status for status in foreign if status.tier == "full"]
-    tags = [status for status in states if status.is_tag and not status.is_engine_alone]
-    if tags:
-        lines.append(
-            _uncommitted_line(tags, verb(len(tags), "a tag in a save_dir", "tags in a save_dir"))
-        )
-    if engines := [status.checkpoint.name for status in states if status.is_engine_alone]:
-        lines.append(
-            f"{some(engines)} {verb(len(engines), 'is', 'are')} of the engine alone (of "
-            "trainer.save_model()): the Trainer cannot go on from it, and ckpt doctor --adopt, "
-            "prune and slim leave it alone"
-        )
-    own_runs = [status for status in states if status.is_save_dir]
-    if own_runs:
-        words = verb(len(own_runs), save_dirs.WHY, "save_dirs with tags of their own")
-        lines.append(_uncommitted_line(own_runs, words))
-    if others := [status for status in states if not status.is_tag and not status.is_save_dir]:
-        lines.append(_uncommitted_line(others, "not of a kind that is committed"))
-
-    universal = [status for status in foreign if status.tier is None]
-    if universal:
-        lines.append(
-            f"{_described(len(universal))} complete, in the universal format, which gets no "
-            f"manifest ({some(status.checkpoint.name for status in universal)}); ckpt "
-            f"from-universal makes native files of {verb(len(universal), 'it', 'them')}"
-        )
-
-    weights = [status.checkpoint.name for status in foreign if status.tier == "weights"]
-    if weights:
-        lines.append(
-            f"{counted(len(weights), 'checkpoint')} {verb(len(weights), 'has', 'have')} a model "
-            f"only and cannot be resumed ({some(weights)})"
-        )
-
-    return lines
-
-
-def _uncommitted_line(statuses: Sequence[CheckpointStatus], reason: str) -> str:
-    """A line on complete ones that get no manifest, and why."""
-    number = len(statuses)
-    return (
-        f"{_described(number)} complete, written by {_writers(statuses)}; a resume takes "
-        f"{verb(number, 'it as it is', 'them as they are')}; {verb(number, 'it is', 'they are')} "
-        f"{reason}, so that ckpt doctor --adopt, prune and slim leave "
-        f"{verb(number, 'it', 'them')} alone"
-    )
-
-
-def _described(number: int) -> str:
-    return f"{counted(number, 'checkpoint')} {verb(number, 'is', 'are')}"
-
-
-def _writers(statuses: Sequence[CheckpointStatus]) -> str:
-    return ", ".join(sorted({str(status.writer) for status in statuses}))

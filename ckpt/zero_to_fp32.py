@@ -33,7 +33,7 @@ from ckpt.weights.opening import unusual
 from ckpt.weights.request import DTYPE_NAMES, DTYPES
 from converters.detect import detection
 from converters.detect.deepspeed import PARALLEL
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, one_line, shortage
 from converters.execute import shards
 from converters.formats import pytorch_bin, safetensors
 from converters.names import selection
@@ -44,7 +44,6 @@ from converters.storage import local
 from converters.storage.local_store import LOCAL
 from converters.storage.store import output_path
 from converters.tensors import DType, TensorRef, Weights
-from converters.words import one_line
 from converters.zero import checkpoint
 
 if TYPE_CHECKING:
@@ -320,7 +319,8 @@ def main(argv: list[str] | None = None) -> None:
     except CheckpointError as error:
         _fail(str(error), options.debug)
     except OSError as error:
-        _fail(f"{error.filename or 'error'}: {error.strerror}", options.debug)
+        sentence = shortage(error) or str(error)
+        _fail(sentence, options.debug)
 
     for path in paths:
         print(one_line(path))

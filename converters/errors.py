@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from converters.words import one_line
-
 MAX_MESSAGE_LENGTH = 4000  # characters of a message
 
+_FEW_FILES = "raise the limit of open files (ulimit -n 4096)"
+_UNMAPPED = "failed to map segment"  # of a library, as the loader of Linux says it
+_NO_ROOM = "make room there, or name another folder"
+_SHORTAGES = {
+    errno.EMFILE: _FEW_FILES,
+    errno.ENFILE: _FEW_FILES,
+    errno.ENOSPC: _NO_ROOM,
+    getattr(errno, "EDQUOT", errno.ENOSPC): _NO_ROOM,  # not on Windows
+}
 Kind = Literal["absent", "corrupt", "incomplete", "refused", "unsupported", "output", "unloadable"]
 
 
@@ -38,6 +46,38 @@ class CheckpointError(Exception):
         # on
         super().__init__(one_line(line))
         self.kind: Kind = kind
+
+
+def one_line(text: object) -> str:
+    """A text in which no character moves the cursor, begins a line, or is no character.
+
+    Names come from files and folders, and may be any bytes: those that are not UTF-8
+    are lone surrogates. Each such character is written as Python writes it (``\\n``).
+    """
+    line = str(text)
+    if line.isprintable():
+        return line
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in line
+    )
+
+
+def shortage(error: BaseException) -> str | None:
+    """That the machine has run out of something, and what to do; ``None`` for other
+    errors. How much memory was asked for is said where the error says it."""
+    is_unmapped = isinstance(error, ImportError) and _UNMAPPED in str(error)
+    is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if is_memory or is_unmapped:
+        amount = f" ({one_line(error)})" if isinstance(error, MemoryError) and str(error) else ""
+        return (
+            f"memory ran out{amount}: end other programs, or raise the limit of this process "
+            "(of ulimit, a container, or the batch system)"
+        )
+    if not isinstance(error, OSError) or error.errno not in _SHORTAGES:
+        return None
+
+    place = f"{one_line(error.filename)}: " if error.filename else ""
+    return f"{place}{error.strerror}: {_SHORTAGES[error.errno]}"
 
 
 def unreadable(error: OSError, path: Path) -> CheckpointError:

@@ -15,20 +15,6 @@ def some(items: Iterable[str], limit: int = 3) -> str:
     return ", ".join(all_items[:limit]) + (f" and {remaining:,} more" if remaining > 0 else "")
 
 
-def one_line(text: object) -> str:
-    """A text in which no character moves the cursor, begins a line, or is no character.
-
-    Names come from files and folders, and may be any bytes: those that are not UTF-8
-    are lone surrogates. Each such character is written as Python writes it (``\\n``).
-    """
-    line = str(text)
-    if line.isprintable():
-        return line
-    return "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in line
-    )
-
-
 def more(count: int) -> str:
     """How many more there are than a message has: `` (and 2 more)``, nothing for none."""
     return f" (and {count} more)" if count > 0 else ""

@@ -147,9 +147,6 @@ def _settling(path: Path) -> Planned:
 def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run: bool) -> Output:
     from ckpt.cli import listing
     from ckpt.cli.results.upkeep import DoctorResult, FindingEntry
-    from ckpt.runs.states import copies, trainings
-    from ckpt.runs.states import listing as listings
-    from ckpt.runs.upkeep.adoption_hints import adoption_hint
 
     lines = [
         f"mended\t{finding.path}: {finding.what}; --fix: {finding.remedy}" for finding in mended
@@ -164,31 +161,39 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
         for finding in findings
     ]
     complete = [status for status in diagnosis.statuses if status.complete]
-    native = [status for status in complete if not status.checkpoint.is_universal]
-    copied = copies.originals([status.checkpoint for status in diagnosis.statuses])
-    saved = [status for status in native if status.checkpoint.folder not in copied]
-    lines_on_copies = copies.remarks(copied)
-    hints = [
-        f"ckpt: {run.path}: {line}" for line in (*adoption_hint(saved, run.path), *lines_on_copies)
+    idle = [] if entries else ["nothing to mend"]
+
+    return Output(
+        DoctorResult(dry_run, tuple(entries), listing.untouched(complete)),
+        lines,
+        [*_idle(run.path, idle, diagnosis.statuses), *_hints(run, diagnosis.statuses)],
+        exit_code=1 if diagnosis.findings else 0,
+    )
+
+
+def _hints(run: Run, statuses: Sequence[CheckpointStatus]) -> list[str]:
+    """Lines on what is no finding: what is not committed, copies, other trainings."""
+    from ckpt.runs.states import copies, listing, trainings
+    from ckpt.runs.upkeep.uncommitted_findings import adoption_hint
+
+    native = [
+        status for status in statuses if not (status.complete and status.checkpoint.is_universal)
     ]
-    native += [status for status in diagnosis.statuses if not status.complete]
-    remarks = trainings.order_remarks(listings.ordered(native), run.path)
-    hints += [f"ckpt: {run.path}: {line}" for line in remarks]
-    hints += [f"ckpt: {line}" for line in listings.closed_lines(run.path)]
+    copied = copies.originals([status.checkpoint for status in statuses])
+    saved = [status for status in native if status.checkpoint.folder not in copied]
+    remarks = trainings.order_remarks(listing.ordered(native), run.path)
+    lines = (*adoption_hint(saved, run.path), *copies.remarks(copied), *remarks)
+    hints = [f"ckpt: {run.path}: {line}" for line in lines]
+    hints += [f"ckpt: {line}" for line in listing.closed_lines(run.path)]
+
     pointed = run.pointer("latest")
     if pointed is not None and pointed.committed and pointed.tier == "weights":
         hints.append(
             f"ckpt: {run.path}: latest names {pointed.name}, which has weights only, so that no "
             "training goes on from this run; a job that resumes from it stops and says so"
         )
-    idle = [] if entries else ["nothing to mend"]
 
-    return Output(
-        DoctorResult(dry_run, tuple(entries), listing.untouched(complete)),
-        lines,
-        [*_idle(run.path, idle, diagnosis.statuses), *hints],
-        exit_code=1 if diagnosis.findings else 0,
-    )
+    return hints
 
 
 def _idle(path: Path, reasons: Sequence[str], statuses: Sequence[CheckpointStatus]) -> list[str]:
@@ -275,7 +280,7 @@ def _without_latest(path: Path, outcomes: Sequence[AdoptionOutcome]) -> list[str
 
 def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> Output:
     from ckpt.cli.results.upkeep import AdoptionEntry, AdoptResult
-    from ckpt.runs.upkeep.adoption_hints import adoption_hint
+    from ckpt.runs.upkeep.uncommitted_findings import adoption_hint
 
     verb = "would adopt" if dry_run else "adopted"
     lines = [f"{verb}\t{outcome.folder}" for outcome in outcomes if outcome.adopted]

@@ -17,7 +17,8 @@ from ckpt.runs.states.status import (
     CheckpointStatus,
     prefix,
 )
-from converters.words import one_line
+from ckpt.runs.verify import part_of
+from converters.errors import one_line
 
 ALONE = ", of the engine alone (of trainer.save_model())"
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
@@ -143,6 +144,7 @@ def _remark(entry: CheckpointEntry) -> str:
     """What a reader should know of a checkpoint that no save committed,
     or that lacks files."""
     parts = [entry.origin] if entry.origin else []
+    parts += [part_of(entry.node, entry.nodes)] if entry.nodes not in (None, 1) else []
     is_universal = entry.origin is not None and entry.kind == "deepspeed-universal"
     if is_universal and entry.reason is not None and entry.written_by is not None:
         parts.append(entry.state)  # it never gets a manifest, so that this is all there is to be

@@ -16,7 +16,7 @@ from typing import NoReturn
 import click
 
 from ckpt.version import __version__
-from converters.words import one_line
+from converters.errors import one_line
 
 SECTIONS = {  # the commands, each with the module of this package that has it
     "Weights": {"show": "weights", "to-fp32": "weights"},
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     A bug of ``ckpt`` is one, too, below its traceback.
     """
     from converters import options
-    from converters.errors import CheckpointError
+    from converters.errors import CheckpointError, shortage
 
     arguments = sys.argv[1:] if argv is None else argv
     # Commands make few circles; looking for them so often takes 8 % of the time of a
@@ -138,9 +138,11 @@ def main(argv: list[str] | None = None) -> None:
         click.echo(f"ckpt: {one_line(line)}", err=True)
         sys.exit(130)
     except OSError as error:
-        line = f"{error.filename or 'error'}: {error.strerror}"
+        line = shortage(error) or f"{error.filename or 'error'}: {error.strerror}"
         _fail(line, "system", as_json="--json" in arguments)
     except Exception as error:  # the last place where a bug of ours can be called one
+        if (sentence := shortage(error)) is not None:
+            _fail(sentence, "system", as_json="--json" in arguments)
         traceback.print_exc()
         name = type(error).__name__
         line = f"{name}: this is a bug of ckpt {__version__}; please report it with the lines above"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converters.words import one_line
+from converters.errors import one_line
 
 if TYPE_CHECKING:
     from ckpt.folders.staging import Continuation

@@ -204,7 +204,7 @@ def _alone_lines(run: Path, has_outcomes: bool, alone: Sequence[CheckpointStatus
     from ckpt.runs import user_paths
     from ckpt.runs.states import copies
     from ckpt.runs.states.status import CheckpointState
-    from ckpt.runs.upkeep.adoption_hints import adoption_hint
+    from ckpt.runs.upkeep.uncommitted_findings import adoption_hint
     from converters.words import counted, shell_word, some, verb
 
     is_known = any(status.state is not CheckpointState.UNKNOWN for status in alone)

@@ -18,7 +18,7 @@ import os
 import sys
 from pathlib import Path
 
-from converters.words import one_line
+from converters.errors import one_line
 
 
 class _DefaultLevel(int):

@@ -135,7 +135,7 @@ class ResumeRequest:
 
         with ranks.step():
             stack.enter_context(locks.reading(checkpoint.folder))
-            source = ResumePoint.of(checkpoint, self.tag)
+        source = ResumePoint.on_all_ranks(ranks, checkpoint, self.tag)
         if self.reshard is not None and not source.topology.loads_as(layout.topology):
             source = self.commit(source)  # what is made of it names it, so that it is made once
 

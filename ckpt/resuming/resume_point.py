@@ -4,11 +4,12 @@ rank saved beside it."""
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt.engine.layout import Topology
 from ckpt.engine.progress import whole_micro_steps
@@ -24,6 +25,10 @@ from converters.detect.kind import DEEPSPEED
 from converters.errors import CheckpointError
 from converters.source import Place
 from converters.zero.merging import saved_degrees
+from converters.zero.merging.saved_degrees import Degrees
+
+if TYPE_CHECKING:
+    from ckpt.distributed.ranks import RankGroup
 
 log = logging.getLogger("ckpt")
 NO_RANDOM_STATES = "it has no random states of this rank"
@@ -115,6 +120,41 @@ class ResumePoint:
         record = (manifest.progress, manifest.metrics, manifest)
 
         return cls(folder, tag, manifest.step, topology, digest, *record)
+
+    @classmethod
+    def on_all_ranks(
+        cls, ranks: RankGroup, run_checkpoint: RunCheckpoint, tag: str | None = None
+    ) -> ResumePoint:
+        """The same, which every rank calls.
+
+        State files are read by rank 0 alone, which tells the others what they say: all
+        ranks see the same files (``agreement``).
+        """
+        is_reader = run_checkpoint.manifest is not None or not ranks.rank
+        with ranks.step() as points:
+            source = cls.of(run_checkpoint, tag) if is_reader else None
+            if source is not None and source.foreign:
+                points.value = source._plain()
+
+        return cls._parse(points.heard[0], run_checkpoint) if source is None else source
+
+    def _plain(self) -> list[Any]:
+        """One without a manifest as JSON has it: paths relative to what was chosen."""
+        degrees = self.topology.degrees
+        folder = os.path.relpath(self.folder, self.choice)
+        topology = [self.topology.stage, self.topology.world_size]
+        counts = [degrees.tensor_ranks, degrees.stages, degrees.expert_ranks]
+        return [folder, self.tag, self.step, topology, counts]
+
+    @classmethod
+    def _parse(cls, value: list[Any], run_checkpoint: RunCheckpoint) -> ResumePoint:
+        """The value that ``_plain`` of rank 0 returned, of this rank's own path."""
+        folder, tag, step, (stage, world_size), (tensor_ranks, stages, expert_ranks) = value
+        ranks_of_experts = None if expert_ranks is None else tuple(expert_ranks)
+        degrees = Degrees(tensor_ranks, stages, ranks_of_experts)
+        choice = run_checkpoint.folder
+        path = Path(os.path.normpath(choice / folder))
+        return cls(path, tag, step, Topology(stage, world_size, degrees), choice=choice)
 
     @classmethod
     def _uncommitted(cls, run_checkpoint: RunCheckpoint, tag: str | None) -> ResumePoint:

@@ -42,9 +42,9 @@ __all__ = [
 ]
 FORMAT = 1
 MAX_BYTES = 64 << 20  # bytes; a hundred thousand files take about 15 MB
-# A disk or network that fails, and what this user may not read: nothing can be told
-# then.
-FAILING = errnos.numbers("EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "EACCES")
+# A disk, network or machine that fails, and what this user may not read: nothing is told.
+_SHORTAGES = ("EMFILE", "ENFILE", "ENOMEM")
+FAILING = errnos.numbers("EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "EACCES", *_SHORTAGES)
 TIERS = ("full", "weights")
 ABSENT = "no manifest.json"  # whether its save finished says ``states.status``
 # What a document with other values than a manifest's makes of these functions.

@@ -95,9 +95,7 @@ def verify(
                 problems += [problem] if problem else []
 
     if manifest.nodes > 1:
-        proven.append(
-            f"the part of node {manifest.node} of {manifest.nodes}; ckpt collect joins them"
-        )
+        proven.append(part_of(manifest.node, manifest.nodes))
 
     spared_lines = tuple(f"{name}: {differences[name]}" for name in spared_names)
     return Verification(checkpoint, tuple(problems), tuple(proven), spared_lines)
@@ -223,3 +221,8 @@ def states(folder: Path, tag: str | None = None) -> tuple[str | None, str | None
         kind_text = kinds.BY_NAME[source.kind].title
 
     return f"state files complete: {kind_text}, {rank_count}, {tensor_count}", None
+
+
+def part_of(node: int | None, nodes: int | None) -> str:
+    """A line on a checkpoint that is one node's part of a save."""
+    return f"the part of node {node} of {nodes}; ckpt collect joins them"

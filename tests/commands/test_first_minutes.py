@@ -94,7 +94,7 @@ def test_links_and_copies_are_adopted_and_counted_as_what_they_are(
     for command in (["doctor"], ["prune", "--keep-last", "1"], ["doctor", "--adopt", "--now"]):
         run(command[0], tmp_path, *command[1:])
         printed = capsys.readouterr()
-        assert printed.err.endswith(sentence) or command[0] == "prune" and sentence in printed.err
+        assert printed.err.endswith(sentence) or (command[0] == "prune" and sentence in printed.err)
         if "--adopt" not in command:
             assert "1 checkpoint is complete but not committed" in printed.err
 

@@ -763,6 +763,24 @@ def test_parts_are_joined_in_place(node: int, tmp_path: Path) -> None:
     run("verify", parts[1 - node])
 
 
+def test_a_part_of_a_node_is_called_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = nodes(tmp_path)[0]
+    for command, path in (("ls", part.parent), ("verify", part), ("show", part), ("to-fp32", part)):
+        run(command, path, code=command in ("show", "to-fp32"))
+        printed = capsys.readouterr()
+        assert "the part of node 0 of 2; ckpt collect joins them" in printed.out + printed.err
+
+    (part / "manifest.json").unlink()  # and one that DeepSpeed saved so
+    for path in (part / "global_step2").iterdir():
+        state = torch.load(path, weights_only=False)
+        state["ds_config"]["checkpoint"] = {"use_node_local_storage": True}
+        torch.save(state, path)
+    for command, code in (("ls", 0), ("verify", 1), ("doctor", 1), ("latest", 1)):
+        run(command, part.parent, code=code)
+        printed = capsys.readouterr()
+        assert "the other nodes have the rest" in printed.out + printed.err, command
+
+
 def test_what_is_no_whole_save_is_not_collected(tmp_path: Path) -> None:
     first, second = nodes(tmp_path)
     other = nodes(tmp_path / "other")[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import shutil
@@ -213,3 +214,26 @@ def test_a_bug_is_json_where_json_is_asked_for(
     run("show", STAGE_2, "--json", code=1)
     last = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert last["kind"] == "bug" and "please report it" in last["error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "memory ran out: "),
+        (MemoryError("Unable to allocate 2.33 TiB"), "memory ran out (Unable to allocate 2.33 TiB"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory ran out: "),
+        (ImportError("x.so: failed to map segment from shared object"), "memory ran out: "),
+        (OSError(errno.EMFILE, "Too many open files", "a/b"), "a/b: Too many open files: raise "),
+        (OSError(errno.ENOSPC, "No space left", "a/b"), "a/b: No space left: make room there"),
+    ],
+)
+def test_a_machine_that_runs_out_of_something_is_no_bug(
+    error: Exception,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plant(monkeypatch, "converters.zero.checkpoint.assemble", error)
+    run("show", STAGE_2, code=1)
+    said = capsys.readouterr().err
+    assert said.startswith(f"ckpt: {words}") and said.count("\n") == 1

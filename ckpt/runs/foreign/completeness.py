@@ -24,23 +24,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import filterfalse
 from pathlib import Path
-from typing import Any
 
 from ckpt.folders.filenames import CONVERSION, MANIFEST
 from ckpt.runs.ancestry import record_in
 from ckpt.runs.conversions import conversion_in
-from ckpt.runs.foreign import intact_files, signs, step_records
+from ckpt.runs.foreign import histories, intact_files, signs, step_records
 from ckpt.runs.foreign.proofs import MODEL, OWN, PLAIN_DEEPSPEED, History, Proof
 from ckpt.runs.run import step_in
 from converters import detect
-from converters.accessors import is_whole_number
 from converters.detect import filenames, state_folders
 from converters.detect.deepspeed import PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError, unreadable
 from converters.lazy_pattern import LazyPattern
 from converters.source import Source
 from converters.storage import open_files
-from converters.storage.store import File
 from converters.words import counted
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.discovery import is_tag_folder
@@ -71,7 +68,7 @@ def step_of(path: Path) -> int | None:
     """
     try:
         if path.is_dir() and (path / STATE).is_file():
-            return stated_step(path)
+            return histories.stated_step(path)
         return _proof(path, None).step if path.is_file() or has_tag(path) else None
     except (CheckpointError, OSError):
         return None
@@ -92,6 +89,11 @@ def prove(path: Path, tag: str | None = None, *, compares_values: bool = False) 
         is_own = path.is_dir() and record_in(path) is not None
     except OSError as error:
         raise unreadable(error, path) from error
+    except CheckpointError as error:
+        from ckpt.runs.foreign import torn
+
+        torn.require_all_nodes(error, path)
+        raise
 
     return replace(proof, kind=OWN if is_own else proof.kind, source=None)
 
@@ -210,52 +212,6 @@ def has_tag(path: Path) -> bool:
     )
 
 
-def trainer_state(folder: Path) -> dict[str, Any]:
-    """The Trainer's state; ``CheckpointError`` if it is not there, or cut short."""
-    state_path = folder / STATE
-    state = intact_files.read_json(state_path)
-    step = state.get("global_step") if isinstance(state, dict) else None
-    if not is_whole_number(step):
-        raise CheckpointError(
-            f"{state_path} is cut short or damaged: global_step is {step!r}",
-        )
-
-    return dict(state)
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """The step that a file says, which is small enough to be kept of every checkpoint."""
-
-    number: int
-
-
-_STEP_NBYTES = 64  # of memory
-
-
-def stated_step(folder: Path) -> int:
-    """The step that the Trainer's state says; as ``trainer_state``."""
-
-    def parse(_: File) -> tuple[_Step, int]:
-        return _Step(int(trainer_state(folder)["global_step"])), _STEP_NBYTES
-
-    return open_files.parsed(folder / STATE, "step", parse).number
-
-
-def history_of(folder: Path) -> History | None:
-    """The log of the Trainer at this checkpoint; ``None`` if it is not a Trainer's."""
-    if not (folder / STATE).is_file():
-        return None
-
-    log_history = trainer_state(folder).get("log_history")
-
-    return (
-        tuple(entry for entry in log_history if isinstance(entry, dict))
-        if isinstance(log_history, list)
-        else ()
-    )
-
-
 def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
     if signs.is_saved_model(folder):
         raise CheckpointError(
@@ -270,7 +226,7 @@ def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
             "incomplete",
         )
 
-    step, history = stated_step(folder), history_of(folder)
+    step, history = histories.stated_step(folder), histories.history_of(folder)
     rng_ranks = intact_files.require_rng_ranks(folder, entry_names)
     intact_files.require_files(folder, filterfalse(_is_tools_own, entry_names), has_tag(folder))
 

@@ -10,20 +10,69 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt.runs.foreign import completeness
+from ckpt.runs.foreign import intact_files
 from ckpt.runs.foreign.proofs import History
+from converters.accessors import is_whole_number
+from converters.detect.filenames import TRAINER_STATE
 from converters.errors import CheckpointError
+from converters.storage import open_files
+from converters.storage.store import File
 
 Entry = Mapping[str, Any]
+_STEP_NBYTES = 64  # of memory
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """The step that a file says, which is small enough to be kept of every checkpoint."""
+
+    number: int
+
+
+def trainer_state(folder: Path) -> dict[str, Any]:
+    """The Trainer's state; ``CheckpointError`` if it is not there, or cut short."""
+    state_path = folder / TRAINER_STATE
+    state = intact_files.read_json(state_path)
+    step = state.get("global_step") if isinstance(state, dict) else None
+    if not is_whole_number(step):
+        raise CheckpointError(
+            f"{state_path} is cut short or damaged: global_step is {step!r}",
+        )
+
+    return dict(state)
+
+
+def stated_step(folder: Path) -> int:
+    """The step that the Trainer's state says; as ``trainer_state``."""
+
+    def parse(_: File) -> tuple[_Step, int]:
+        return _Step(int(trainer_state(folder)["global_step"])), _STEP_NBYTES
+
+    return open_files.parsed(folder / TRAINER_STATE, "step", parse).number
+
+
+def history_of(folder: Path) -> History | None:
+    """The log of the Trainer at this checkpoint; ``None`` if it is not a Trainer's."""
+    if not (folder / TRAINER_STATE).is_file():
+        return None
+
+    log_history = trainer_state(folder).get("log_history")
+
+    return (
+        tuple(entry for entry in log_history if isinstance(entry, dict))
+        if isinstance(log_history, list)
+        else ()
+    )
 
 
 def of_folder(folder: Path) -> History | None:
     """The log of the Trainer; ``None`` if it is not a Trainer's, or cannot be read."""
     try:
-        return completeness.history_of(folder)
+        return history_of(folder)
     except CheckpointError:
         return None
 
@@ -31,7 +80,7 @@ def of_folder(folder: Path) -> History | None:
 def is_logged(folder: Path) -> bool:
     """Whether ``of_folder`` has a log, which is not read again where its step is known."""
     try:
-        completeness.stated_step(folder)
+        stated_step(folder)
     except (CheckpointError, OSError):
         return False
 

@@ -54,7 +54,7 @@ def why(folder: Path) -> str | None:
     except CheckpointError as error:
         require_read(error)
         message = str(error)
-        if error.kind in ("unsupported", "refused") or _is_one_nodes(folder):
+        if error.kind in ("unsupported", "refused") or is_one_nodes(folder):
             return None
 
     if any(folder.rglob("*_states.pt*")) or not (folder / "trainer_state.json").is_file():
@@ -77,7 +77,7 @@ def why(folder: Path) -> str | None:
     return None
 
 
-def _is_one_nodes(folder: Path) -> bool:
+def is_one_nodes(folder: Path) -> bool:
     """Whether the state files say
     that other nodes have the rest (``use_node_local_storage``)."""
     for state_path in sorted(folder.glob("*/*_states.pt*")):
@@ -89,3 +89,15 @@ def _is_one_nodes(folder: Path) -> bool:
             continue
 
     return False
+
+
+def require_all_nodes(error: CheckpointError, folder: Path) -> None:
+    """``CheckpointError`` where other nodes have what is missing: ``error``, and that."""
+    is_said = "use_node_local_storage" in str(error)
+    if error.kind != "incomplete" or is_said or not is_one_nodes(folder):
+        return
+    raise CheckpointError(
+        f"{error}; it is a part of a save with use_node_local_storage: the other nodes have the "
+        "rest, and their files belong into this folder (ckpt collect joins parts that ckpt saved)",
+        error.kind,
+    ) from error

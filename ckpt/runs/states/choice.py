@@ -17,8 +17,8 @@ from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.lineage import Line
 from ckpt.runs.run import Run, RunCheckpoint, is_numbered, members
 from ckpt.runs.states.listing import adoption_command, candidate
-from ckpt.runs.states.offers import Offer, Offers, require_deepspeed
-from ckpt.runs.states.skipped import COMMITTED_ONLY, SkippedCandidate, unusable
+from ckpt.runs.states.offers import Offer, Offers, require_deepspeed, unusable
+from ckpt.runs.states.skipped import COMMITTED_ONLY, SkippedCandidate
 from ckpt.runs.states.status import status_of
 from ckpt.runs.states.target import interpret
 from ckpt.runs.verify import states

@@ -23,7 +23,8 @@ from converters.storage import local
 from converters.words import some, verb
 
 _MAX_READ = 1 << 20  # bytes of a file that has no CRC32s, from each end
-_COPY_WORDS = ("copy of", "copies of")
+# by whether it is a link
+_FORMS = {True: ("is a link to", "are links to"), False: ("is a copy of", "are copies of")}
 Originals = dict[Path, RunCheckpoint]
 
 
@@ -88,11 +89,11 @@ def remarks(copied: Originals) -> list[str]:
     lines = []
     for original_name, sorts in names.items():
         forms = [
-            f"{some(folder_names)} {verb(len(folder_names), f'is a {noun}', f'are {plural}')}"
-            for is_link, noun, plural in ((True, "link to", "links to"), (False, *_COPY_WORDS))
+            f"{some(folder_names)} {verb(len(folder_names), *words)} {original_name}"
+            for is_link, words in _FORMS.items()
             if (folder_names := sorts.get(is_link))
         ]
-        lines.append(f"{' and '.join(f'{form} {original_name}' for form in forms)}")
+        lines.append(" and ".join(forms))
 
     return lines
 

@@ -8,7 +8,7 @@ stops, and names both.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,6 @@ from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import (
     RunCheckpoint,
     members,
-    original_of,
     require_read,
     without_derived,
 )
@@ -76,7 +75,7 @@ class Offers:
         self.run, self.deepspeed, self.committed_only = run, deepspeed, committed_only
         self.announces = announces
         self.loads_deepspeed = deepspeed or fits is not None
-        present = _without_universal(checkpoints_in(run))
+        present = skipped.without_universal(checkpoints_in(run))
         line_members = members(present)
         self.other_lines = [
             checkpoint
@@ -263,7 +262,7 @@ class Offers:
 
     def _hindrance(self, checkpoint: RunCheckpoint) -> str | None:
         if checkpoint.folder not in self.reasons:
-            self.reasons[checkpoint.folder] = skipped.unusable(checkpoint)
+            self.reasons[checkpoint.folder] = unusable(checkpoint)
         return self.reasons[checkpoint.folder]
 
     def _prove(self, checkpoint: RunCheckpoint) -> Proof | None:
@@ -351,17 +350,14 @@ class Offers:
         return True
 
 
-def _without_universal(checkpoints: Iterable[RunCheckpoint]) -> list[RunCheckpoint]:
-    """All but what was written in the universal format of one that is here as well.
-
-    Nothing is lost with it: it holds no other state, and is loaded by name.
-    """
-    present = list(checkpoints)
-    return [
-        checkpoint
-        for checkpoint in present
-        if not checkpoint.is_universal or original_of(checkpoint, present) is None
-    ]
+def unusable(checkpoint: RunCheckpoint) -> str | None:
+    """Why training cannot go on from a committed checkpoint; ``None`` if it can."""
+    if checkpoint.unusable is not None:
+        return checkpoint.unusable
+    try:
+        return verify(checkpoint).hindrance
+    except CheckpointError as error:
+        return str(error)
 
 
 def require_deepspeed(proof: Proof, base: RunCheckpoint | None = None) -> None:

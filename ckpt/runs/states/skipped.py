@@ -15,9 +15,8 @@ from typing import Literal
 
 from ckpt.runs.foreign.completeness import STATE, has_tag
 from ckpt.runs.foreign.proofs import STATES_ALONE
-from ckpt.runs.run import RunCheckpoint
+from ckpt.runs.run import RunCheckpoint, original_of
 from ckpt.runs.states import save_dirs
-from ckpt.runs.verify import verify
 from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.words import first, more, shell_word
@@ -147,16 +146,19 @@ def sort_of(checkpoint: RunCheckpoint) -> Sort:
     return "slimmed" if checkpoint.is_slimmed else "weights"
 
 
-def unusable(checkpoint: RunCheckpoint) -> str | None:
-    """Why training cannot go on from a committed checkpoint; ``None`` if it can."""
-    if checkpoint.unusable is not None:
-        return checkpoint.unusable
-    try:
-        return verify(checkpoint).hindrance
-    except CheckpointError as error:
-        return str(error)
-
-
 def _may_be_committed(path: Path) -> bool:
     """Whether DeepSpeed's files lie in a folder of its own, which may get a manifest."""
     return path.is_dir() and has_tag(path) and not save_dirs.is_tag(path)
+
+
+def without_universal(checkpoints: Iterable[RunCheckpoint]) -> list[RunCheckpoint]:
+    """All but what was written in the universal format of one that is here as well.
+
+    Nothing is lost with it: it holds no other state, and is loaded by name.
+    """
+    present = list(checkpoints)
+    return [
+        checkpoint
+        for checkpoint in present
+        if not checkpoint.is_universal or original_of(checkpoint, present) is None
+    ]

@@ -130,7 +130,8 @@ def _require_beginning(path: Path) -> None:
     which a new training would pass over.
 
     So is a file latest that names what is not there, and the folder that Accelerate and
-    Lightning make for their checkpoints. Other runs, weights and other files that lie in a run's folder are only said.
+    Lightning make for their checkpoints. Other runs, weights and other files that lie in
+    a run's folder are only said.
     """
     runs = runs_in(path)
     if path / OWN_FOLDER in runs:

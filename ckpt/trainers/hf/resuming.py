@@ -105,7 +105,7 @@ class ResumeCallback(TrainerCallback):
         layout = Layout.of_config(deepspeed_config(), ranks.world)
         checkpoint = _select_checkpoint(resume_request)
 
-        with ranks.step() as results:
+        with ranks.step():
             if checkpoint is None:
                 raise CheckpointError(
                     f"{path} holds no checkpoint to compare with",
@@ -115,7 +115,9 @@ class ResumeCallback(TrainerCallback):
             if layout is not None:
                 checkpoint = _checkpoint_loaded(checkpoint, layout)
             original = _original(checkpoint)
-            source = ResumePoint.of(checkpoint)
+
+        source = ResumePoint.on_all_ranks(ranks, checkpoint)
+        with ranks.step() as results:
             engine = _engine(objects["model"], wrapper.optimizer, ranks.rank, current_step)
             comparison = self._comparison_with(source, engine, args, objects)
             comparison.progress["step"] = source.step

@@ -14,6 +14,7 @@ from converters.names import selection
 from converters.options import DTYPE, EXCLUDE_FROZEN, MERGE, NO_VERIFY, WEIGHTS
 from converters.source import STATES, Source
 from converters.storage import stores
+from converters.storage.store import is_url
 from converters.words import counted
 from converters.zero import checkpoint as zero
 
@@ -151,10 +152,26 @@ def fp32(checkpoint: Path, tag: str | None, option: str) -> Source:
     try:
         return detection.read(checkpoint, tag)
     except CheckpointError as error:
-        if error.kind == "refused" or not _has_16bit(checkpoint, tag):
+        remedies = list(filter(None, [_part_of_nodes(checkpoint)]))
+        if error.kind != "refused" and _has_16bit(checkpoint, tag):
+            remedies += [f"the 16-bit weights of the model file are whole: {option} writes those"]
+        if not remedies:
             raise
-        remedy_16bit = f"the 16-bit weights of the model file are whole: {option} writes those"
-        raise CheckpointError(f"{error}; {remedy_16bit}", error.kind) from error
+        raise CheckpointError("; ".join([str(error), *remedies]), error.kind) from error
+
+
+def _part_of_nodes(checkpoint: Path) -> str | None:
+    """That the files of other nodes lie elsewhere, as the manifest of a node's part says."""
+    from ckpt.runs import manifest
+    from ckpt.runs.verify import part_of
+
+    if is_url(checkpoint):
+        return None
+    try:
+        commit = manifest.read(checkpoint)
+    except CheckpointError:
+        return None
+    return f"it is {part_of(commit.node, commit.nodes)}" if commit.nodes > 1 else None
 
 
 def _has_16bit(checkpoint: Path, tag: str | None) -> bool:

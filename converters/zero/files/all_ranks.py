@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from converters.detect import filenames
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
 from converters.storage import misplaced_files, stores
@@ -79,7 +80,7 @@ def require_ranks(
     if missing_ranks:
         origin = "the save"
         if node_local:
-            origin = "the folders of the other nodes (use_node_local_storage)"
+            origin = "the folders of the other nodes, which have the rest (use_node_local_storage)"
         raise CheckpointError(
             f"{place.folder} was saved by {_rank_words(rank_count, file_kind)}, but the "
             f"{missing_files(place, file_kind, missing_ranks)}; copy them here "
@@ -89,8 +90,8 @@ def require_ranks(
 
     if surplus_ranks:
         raise CheckpointError(
-            f"{place.folder} was saved by {_rank_words(rank_count, file_kind)}, but has {file_kind} "
-            f"files of rank {rank_list(surplus_ranks)} too: they are of another save; "
+            f"{place.folder} was saved by {_rank_words(rank_count, file_kind)}, but has "
+            f"{file_kind} files of rank {rank_list(surplus_ranks)} too: they are of another save; "
             "move them away"
         )
 
@@ -112,7 +113,7 @@ def _rank_words(rank_count: int, file_kind: str) -> str:
 def _name_of(place: discovery.Place, file_kind: str, rank: int) -> str | None:
     """The name of a rank's file, as that of another one of its kind has it."""
     model_rank = _MODEL_RANK.match(file_kind)
-    pattern = {"optimizer": discovery.OPTIMIZER, "model": discovery.PARTITIONED}.get(
+    pattern = {"optimizer": filenames.OPTIMIZER, "model": filenames.PARTITIONED}.get(
         file_kind[model_rank.end() :] if model_rank else file_kind
     )
     names = [name for name in stores.names(place.folder) if pattern and pattern.fullmatch(name)]

@@ -15,15 +15,18 @@ from ckpt.weights.companions import surroundings
 from ckpt.weights.naming import packed
 from ckpt.weights.request import Request
 from converters.detect.kinds import BY_NAME
+from converters.lazy_pattern import LazyPattern
 from converters.source import EXCLUDED, Source
 from converters.storage import stores
 from converters.tensors import Weights
 from converters.words import counted, shape, verb
 
 if TYPE_CHECKING:
+    from ckpt.runs.checkpoint_folder import RunCheckpoint
     from ckpt.runs.states.status import CheckpointStatus
     from ckpt.weights.opening.unusual import Unusual
 
+_MISSING_FILE = LazyPattern(r"\bhas no ([\w.-]+\w)")
 MAX_VALUES = 24  # plain values that are listed
 
 
@@ -71,8 +74,14 @@ def show(
         values=values,
         notes=tuple(source.notes),
         state=None if status is None else status.state.value,
-        reason=None if status is None else status.description or None,
+        reason=None if status is None else _reason(status.description, status.checkpoint),
     )
+
+
+def _reason(description: str, checkpoint: RunCheckpoint) -> str | None:
+    """A line on the state; of a committed one only where it was changed since."""
+    changes = [line for line in (checkpoint.lacks, checkpoint.changes) if line is not None]
+    return description or ("; ".join(["committed", *changes]) if changes else None)
 
 
 def _quantized(weights: Weights) -> QuantizedFacts | None:
@@ -237,6 +246,9 @@ def missing(result: ShowResult) -> list[str]:
 
     if EXCLUDED in result.notes:
         lines.append("frozen weights, if there were any")
+    if result.state == "incomplete" and not lines:
+        match = _MISSING_FILE.search(result.reason or "")
+        lines.append(match[1] if match is not None else "see the state")
 
     return lines or ["nothing"]
 

@@ -130,7 +130,9 @@ def _proof(path: Path, tag: str | None) -> Proof:
         if is_lightning:
             intact_files.require_torch_file(path / "meta.pt")
         kind = "Lightning with FSDP" if is_lightning else "torch's distributed checkpoint"
-        return Proof(path, kind, resumable=is_lightning or dcp_files.has_states(path))
+        # a loop that saved its model alone goes on from that; of another one it is weights
+        is_training = record_in(path) is None or dcp_files.has_states(path)
+        return Proof(path, kind, resumable=is_training)
 
     return _of_functions(path, entry_names)
 

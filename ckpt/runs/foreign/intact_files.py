@@ -44,6 +44,20 @@ class _Json:
     content: Any
 
 
+def damage(folder: Path, name: str) -> str | None:
+    """Why a file is not taken as it is, as words after its name; ``None`` if it is whole
+    by its own form."""
+    path = folder / name
+    try:
+        if path.stat().st_size == 0:
+            return "it is empty"
+        require_file(path)
+    except (CheckpointError, OSError) as error:
+        return str(error).removeprefix(f"{path} ").removeprefix(f"{path}: ")
+
+    return None
+
+
 def require_file(path: Path) -> None:
     """``CheckpointError`` for a file that was cut short, as far as its form can tell."""
     if path.name.endswith(".index.json"):

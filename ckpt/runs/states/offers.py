@@ -32,11 +32,11 @@ from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.states.offer_order import TopologyFilter, newest_first
 from ckpt.runs.states.skipped import (
     ENGINE_ALONE,
-    OTHER_FORMAT,
     UNCOMMITTED,
     SkippedCandidate,
     Sort,
 )
+from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
 from converters.words import shell_word
 from converters.zero.files.discovery import is_tag_folder
@@ -140,19 +140,13 @@ class Offers:
         for checkpoint in self.checkpoints:
             if checkpoint.why != manifests.ABSENT:
                 reason = self._hindrance(checkpoint)
-                is_apart = reason is None and self._other_trainer(checkpoint) is not None
-                reason = OTHER_FORMAT if is_apart else reason
                 if reason is None:
                     if not has_usable:
                         self._note_later_saves(checkpoint, checkpoint.step, is_first=not has_offer)
                     has_usable = has_offer = True
                     yield Offer(checkpoint)
                 else:
-                    self.skip(
-                        checkpoint.folder,
-                        reason,
-                        "apart" if is_apart else skipped.sort_of(checkpoint),
-                    )
+                    self.skip(checkpoint.folder, reason, skipped.sort_of(checkpoint))
 
                 continue
 
@@ -262,7 +256,8 @@ class Offers:
 
     def _hindrance(self, checkpoint: RunCheckpoint) -> str | None:
         if checkpoint.folder not in self.reasons:
-            self.reasons[checkpoint.folder] = unusable(checkpoint)
+            reason = unusable(checkpoint) or self._other_trainer(checkpoint)
+            self.reasons[checkpoint.folder] = reason
         return self.reasons[checkpoint.folder]
 
     def _prove(self, checkpoint: RunCheckpoint) -> Proof | None:

@@ -220,7 +220,7 @@ def _by_reader(
     statuses: Sequence[CheckpointStatus], run: Path
 ) -> tuple[list[CheckpointStatus], dict[str, list[str]]]:
     """Those that a resume of the run takes, and the names of others by the reason."""
-    present = listing.checkpoints_in(run) if statuses else []
+    present = listing.checkpoints_in(run, keeps_unread=True) if statuses else []
     taken: list[CheckpointStatus] = []
     names_by_reason: dict[str, list[str]] = {}
     for status in statuses:

@@ -3,8 +3,9 @@ as a result and as lines for a reader."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt.cli import adapter_facts
@@ -17,7 +18,7 @@ from ckpt.weights.request import Request
 from converters.detect.kinds import BY_NAME
 from converters.lazy_pattern import LazyPattern
 from converters.source import EXCLUDED, Source
-from converters.storage import stores
+from converters.storage import misplaced_files, stores
 from converters.tensors import Weights
 from converters.words import counted, shape, verb
 
@@ -72,10 +73,16 @@ def show(
         quantized=quantized,
         tensors_by_name=_tensors_by_name(weights, unusual_tensors) if tensors else None,
         values=values,
-        notes=tuple(source.notes),
+        notes=(*source.notes, *_absences_beside(source.place.folder)),
         state=None if status is None else status.state.value,
         reason=None if status is None else _reason(status.description, status.checkpoint),
     )
+
+
+def _absences_beside(folder: Path) -> Iterator[str]:
+    """A line on a dead link or an unfinished download in the folder of weights."""
+    if stores.is_folder(folder) and (finding := misplaced_files.missing(folder)):
+        yield finding.removeprefix("; ")
 
 
 def _reason(description: str, checkpoint: RunCheckpoint) -> str | None:

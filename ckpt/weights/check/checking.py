@@ -119,8 +119,10 @@ def _by_transformers(product: Product, audience: Audience, request: Request) -> 
         return replace(verdict, notes=(note, *verdict.notes))
 
     verdict = verdicts.partial(reader, fit, missing, loss, audience, "")
-    line = f"loads as {reader} of {form.name}: {fit.present:,} of {fit.required:,} names and shapes"
+    if fit.missing and not missing:  # a part of the model was asked for
+        return verdict
 
+    line = f"loads as {reader} of {form.name}: {fit.present:,} of {fit.required:,} names and shapes"
     return replace(verdict, line=line)
 
 

@@ -21,6 +21,7 @@ from ckpt.rewrite.crossing import ARGUMENTS, Crossing
 from ckpt.rewrite.crossing import execute as execute
 from ckpt.rewrite.crossing_proofs import DcpProof, NativeProof
 from ckpt.runs.ancestry import record_in
+from ckpt.runs.foreign import step_records
 from ckpt.weights.arguments import naming_arguments, require_choice
 from ckpt.weights.companions import model_folder
 from converters.accessors import is_whole_number
@@ -267,6 +268,7 @@ def _is_inert(tree: Any) -> bool:
 
 def _notes(source: Source, state: CrossingState) -> Iterator[str]:
     """Notes for whoever loads the output."""
+    yield from step_records.contradictions(source)
     if state.groups:
         return
 

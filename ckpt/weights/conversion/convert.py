@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from ckpt.folders import locks, staging
 from ckpt.folders.filenames import CONVERSION, LOGBOOK
 from ckpt.runs import engines
+from ckpt.runs.foreign import step_records
 from ckpt.runs.recognition import is_numbered
 from ckpt.weights.arguments import dtype_name, naming_arguments, require_choice, shard_bytes
 from ckpt.weights.check import checking
@@ -183,6 +184,7 @@ def _notes(source: Source, product: Product, verdict: LoadVerdict) -> Iterator[s
     for note in source.notes:
         if product.kind not in ("adapter", "merged") or note != EXCLUDED:
             yield note
+    yield from step_records.contradictions(source)
 
     yield from (*product.notes, *product.surroundings.notes, *verdict.notes)
     if product.kind in ("model", "merged"):

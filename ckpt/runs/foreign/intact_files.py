@@ -221,6 +221,28 @@ def require_rng_ranks(folder: Path, entry_names: Collection[str]) -> int:
     return rank_count or int("rng_state.pth" in entry_names)
 
 
+def require_random_states(folder: Path, random_ranks: int, rank_count: int) -> None:
+    """``CheckpointError`` where Accelerate's random states are of fewer ranks than saved."""
+    if random_ranks < rank_count:
+        raise CheckpointError(
+            f"{folder} has no random_states_{random_ranks}.pkl: its states are of "
+            f"{counted(rank_count, 'rank')}",
+            "incomplete",
+        )
+
+
+def doubt_about_ranks(folder: Path, random_ranks: int) -> str | None:
+    """A line where another checkpoint of the run has random states of more ranks.
+
+    No file says how many there were. A run may have gone on with fewer.
+    """
+    name = f"random_states_{random_ranks}.pkl"
+    other = next((path.name for path in folder.parent.iterdir() if (path / name).is_file()), None)
+    if other is None:
+        return None
+    return f"has no {name}, which {other} has: it is lost, unless fewer ranks saved this one"
+
+
 def _example(name_pattern: str, rank: int) -> str:
     """The name of a rank's file, from the form of such names."""
     return name_pattern.replace(r"(\d+)", str(rank)).replace("\\", "")

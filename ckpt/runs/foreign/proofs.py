@@ -25,6 +25,7 @@ class Proof:
     ``None`` where the files do not say. ``history`` is what the Trainer logged until
     then. ``hindrance`` says why no training goes on from states as they lie there.
     ``source`` is what was read of DeepSpeed's files, while it is being proven.
+    ``remark`` is a line on what may be missing, and need not be.
     """
 
     path: Path
@@ -36,3 +37,4 @@ class Proof:
     shapes: Mapping[str, tuple[int, ...]] | None = None
     hindrance: str | None = None
     source: Source | None = None
+    remark: str | None = None

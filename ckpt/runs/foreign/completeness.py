@@ -273,8 +273,8 @@ def _of_accelerate(folder: Path, entry_names: set[str]) -> Proof:
     if has_tag(folder):
         proof = _of_deepspeed(folder, "Accelerate with DeepSpeed")
         world_size = proof.source.world_size if proof.source is not None else 0
-        intact_files.require_random_states(folder, random_ranks, world_size)
-        return proof
+        doubt = intact_files.doubt_about_ranks(folder, random_ranks, world_size)
+        return replace(proof, remark=doubt)
 
     from ckpt.runs.foreign import dcp_files
 
@@ -284,13 +284,11 @@ def _of_accelerate(folder: Path, entry_names: set[str]) -> Proof:
     optimizer_parts = dcp_files.fsdp_parts(folder, "optimizer")
     if not optimizer_parts:
         raise CheckpointError(f"{folder} has no optimizer.bin", "incomplete")
-    if model_parts:
-        rank_count = dcp_files.rank_count([*model_parts, *optimizer_parts])
-        intact_files.require_random_states(folder, random_ranks, rank_count)
-        return Proof(folder, "Accelerate with FSDP")
 
-    doubt = intact_files.doubt_about_ranks(folder, random_ranks)
-    return Proof(folder, "Accelerate without DeepSpeed", remark=doubt)
+    kind = "Accelerate with FSDP" if model_parts else "Accelerate without DeepSpeed"
+    rank_count = dcp_files.rank_count([*model_parts, *optimizer_parts])
+    doubt = intact_files.doubt_about_ranks(folder, random_ranks, rank_count)
+    return Proof(folder, kind, remark=doubt)
 
 
 def _of_deepspeed(

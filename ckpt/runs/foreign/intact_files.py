@@ -221,22 +221,17 @@ def require_rng_ranks(folder: Path, entry_names: Collection[str]) -> int:
     return rank_count or int("rng_state.pth" in entry_names)
 
 
-def require_random_states(folder: Path, random_ranks: int, rank_count: int) -> None:
-    """``CheckpointError`` where Accelerate's random states are of fewer ranks than saved."""
-    if random_ranks < rank_count:
-        raise CheckpointError(
-            f"{folder} has no random_states_{random_ranks}.pkl: its states are of "
-            f"{counted(rank_count, 'rank')}",
-            "incomplete",
-        )
+def doubt_about_ranks(folder: Path, random_ranks: int, rank_count: int = 0) -> str | None:
+    """A line where Accelerate's random states are of fewer ranks than ``rank_count``, or
+    than those of another checkpoint of the run.
 
-
-def doubt_about_ranks(folder: Path, random_ranks: int) -> str | None:
-    """A line where another checkpoint of the run has random states of more ranks.
-
-    No file says how many there were. A run may have gone on with fewer.
+    Nothing is proven by it: processes that Accelerate does not count write one file, a
+    run may have gone on with fewer ranks, and ``load_state`` goes on without
+    (accelerate 1.15 ``checkpointing.py``: ``load_accelerator_state``).
     """
     name = f"random_states_{random_ranks}.pkl"
+    if random_ranks < rank_count:
+        return f"has no {name}, and its states are of {counted(rank_count, 'rank')}"
     other = next((path.name for path in folder.parent.iterdir() if (path / name).is_file()), None)
     if other is None:
         return None

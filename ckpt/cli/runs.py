@@ -280,8 +280,10 @@ def _pin(folder: Path, *, pinned: bool, dry_run: bool, as_json: bool) -> None:
     checkpoint = user_paths.checkpoint_at(folder, f"ckpt {verb}")
 
     def execute(_: object) -> Output:
+        is_idle = checkpoint.pinned is pinned
         pruning.pin(checkpoint, pinned)
-        return Output(PinResult(False, folder, pinned), [f"{verb}ned\t{folder}"])
+        word = f"{'already' if pinned else 'not'} pinned" if is_idle else f"{verb}ned"
+        return Output(PinResult(False, folder, pinned), [f"{word}\t{folder}"])
 
     planned.run(
         Planned(

@@ -99,7 +99,7 @@ def _torn_finding(folder: Path, is_deepspeed_run: bool) -> Finding | None:
     return Finding(
         folder,
         f"torn: {reason}",
-        f"rename it to {torn_folder.name}",
+        f"rename it to {torn_folder.name} (rename it back when its files are there)",
         partial(_rename, folder, torn_folder),
     )
 

@@ -63,7 +63,7 @@ def plan(
     """Plans the conversion of ``checkpoint`` and reads no tensor.
 
     ``dtype`` is a key of ``DTYPES``, or torch's type or its name; ``max_shard_size`` is
-    in bytes, or "5GB". ``output`` defaults to CHECKPOINT-DTYPE. The format "lightning"
+    in bytes, or "5GB". ``output`` defaults to CHECKPOINT-DTYPE, or CHECKPOINT-16bit. The format "lightning"
     writes one file: model.ckpt in this folder, or ``output`` itself if it ends in .ckpt,
     .pt or .pth. ``CheckpointError`` for a checkpoint that is damaged or not supported,
     and for an output that its reader would not load.
@@ -88,7 +88,8 @@ def plan(
     else:
         decided = _folder(source, request, tied, format, shard_bytes(max_shard_size, "refused"))
 
-    target = _place(_beside(place, source), output_folder, dtype)
+    suffix = "16bit" if request.weights == "16bit" and dtype == "fp32" else dtype
+    target = _place(_beside(place, source), output_folder, suffix)
     return _conversion(place, source, decided, target, request, format)
 
 
@@ -206,9 +207,9 @@ def _beside(path: Path, source: Source) -> Path:
     return root if is_tag_itself and is_numbered(root) else path
 
 
-def _place(checkpoint: Path, output: Path | None, dtype: str) -> Path:
+def _place(checkpoint: Path, output: Path | None, suffix: str) -> Path:
     source = absolute(checkpoint)
-    place = output or default_output(source, f"{source.name}-{dtype}")
+    place = output or default_output(source, f"{source.name}-{suffix}")
     # Of "." or "/" only the whole path has a name, or none has.
     return place if place.name not in ("", "..") else absolute(place)
 

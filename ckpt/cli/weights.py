@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     "-o",
     "--output",
     type=OUTPUT_PATH,
-    help="Default: CHECKPOINT-fp32 (-bf16, ...).",
+    help="Default: CHECKPOINT-fp32 (-bf16, -16bit, ...).",
 )
 @TAG
 @LAST

@@ -63,10 +63,11 @@ def plan(
     """Plans the conversion of ``checkpoint`` and reads no tensor.
 
     ``dtype`` is a key of ``DTYPES``, or torch's type or its name; ``max_shard_size`` is
-    in bytes, or "5GB". ``output`` defaults to CHECKPOINT-DTYPE, or CHECKPOINT-16bit. The format "lightning"
-    writes one file: model.ckpt in this folder, or ``output`` itself if it ends in .ckpt,
-    .pt or .pth. ``CheckpointError`` for a checkpoint that is damaged or not supported,
-    and for an output that its reader would not load.
+    in bytes, or "5GB". ``output`` defaults to CHECKPOINT-DTYPE, that of 16-bit weights to
+    CHECKPOINT-16bit. The format "lightning" writes one file: model.ckpt in this folder,
+    or ``output`` itself if it ends in .ckpt, .pt or .pth. ``CheckpointError`` for a
+    checkpoint that is damaged or not supported, and for an output that its reader would
+    not load.
     """
     dtype = dtype_name(dtype)
     request = replace(request or Request(), dtype=dtype, drops_ties=tied == "drop")

@@ -31,7 +31,7 @@ class CheckpointError(Exception):
     is missing), ``refused`` (the file asks for something that is never done, such as
     running code), ``unsupported`` (a known format that is not read here),
     ``unloadable`` (its reader would not load the result) and ``output`` (nothing is
-    wrong with the checkpoint; the result cannot be written).
+    wrong with the checkpoint; the result cannot be written, or memory ran out).
 
     Functions for users name their arguments where commands name options
     (``converters.options``).
@@ -83,6 +83,8 @@ def shortage(error: BaseException) -> str | None:
 def unreadable(error: OSError, path: Path) -> CheckpointError:
     """The error for what the system does not let be read:
     the file it names, or ``path``."""
+    if (sentence := shortage(error)) is not None:
+        return CheckpointError(sentence, "output")  # nothing is wrong with the checkpoint
     return CheckpointError(f"{error.filename or path}: {error.strerror}", "incomplete")
 
 

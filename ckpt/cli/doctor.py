@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 )
 @dry_run_option("With --fix, --adopt or --one-save: say what would be done, and do nothing.")
 @JSON
+@planned.opening_once
 def doctor(
     path: Path,
     fix: bool,

@@ -134,11 +134,11 @@ class ResumePoint:
         with ranks.step() as points:
             source = cls.of(run_checkpoint, tag) if is_reader else None
             if source is not None and source.foreign:
-                points.value = source._plain()
+                points.value = source._fields()
 
         return cls._parse(points.heard[0], run_checkpoint) if source is None else source
 
-    def _plain(self) -> list[Any]:
+    def _fields(self) -> list[Any]:
         """One without a manifest as JSON has it: paths relative to what was chosen."""
         degrees = self.topology.degrees
         folder = os.path.relpath(self.folder, self.choice)
@@ -148,7 +148,7 @@ class ResumePoint:
 
     @classmethod
     def _parse(cls, value: list[Any], run_checkpoint: RunCheckpoint) -> ResumePoint:
-        """The value that ``_plain`` of rank 0 returned, of this rank's own path."""
+        """The value that ``_fields`` of rank 0 returned, of this rank's own path."""
         folder, tag, step, (stage, world_size), (tensor_ranks, stages, expert_ranks) = value
         ranks_of_experts = None if expert_ranks is None else tuple(expert_ranks)
         degrees = Degrees(tensor_ranks, stages, ranks_of_experts)

@@ -30,6 +30,7 @@ from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.storage import local
 from converters.storage.store import Name, local_path
+from converters.words import shell_word
 
 if TYPE_CHECKING:
     from ckpt.runs.lineage import Line
@@ -182,8 +183,15 @@ class Run:
         if which in POINTERS:
             if (pointed_checkpoint := self.pointer(which)) is not None:
                 return pointed_checkpoint
+            text = self.target(which)
+            finding = f"names {text!r}, which is no checkpoint here" if text else "is empty"
+            run = shell_word(self.path)
+            command = f"ckpt latest {run} --set NAME"
+            if which == "best":
+                command = f"ckpt latest {run} --best --set NAME"
             raise CheckpointError(
-                f"{self.path / which} names no checkpoint",
+                f"{self.path / which} {'does not exist' if text is None else finding}; "
+                f"{command} makes it name a checkpoint",
                 "incomplete",
             )
 

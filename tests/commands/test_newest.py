@@ -359,3 +359,17 @@ def test_files_of_deepspeed_that_were_left_behind_are_what_is_missing(
     shutil.rmtree(folder / "global_step2")
     run("ls", tmp_path)
     assert "incomplete: latest names 'global_step2', which is not there" in capsys.readouterr().out
+
+
+def test_push_says_where_it_takes_newer_weights_than_to_fp32_converts(tmp_path: Path) -> None:
+    stock(tmp_path, 2)
+    model = tmp_path / "checkpoint-4"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(FIXTURES / "trainer-zero2/checkpoint-2" / name, model)
+
+    pushed = newest_at(tmp_path, "ckpt push", full=False)
+    assert pushed.checkpoint.folder == model
+    remark = "newer than the states that ckpt to-fp32 --last converts: name "
+    assert f"{remark}{tmp_path}/checkpoint-2" in pushed.remark
+    assert newest_at(tmp_path, "ckpt push").checkpoint.folder == tmp_path / "checkpoint-2"

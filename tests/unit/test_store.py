@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import resource
 import shutil
@@ -18,6 +19,7 @@ import pytest
 from oracles import FIXTURES
 
 from ckpt.cli.main import cli
+from ckpt.runs.foreign import liveness
 from converters.errors import CheckpointError
 from converters.execute.source_files import SourceFiles
 from converters.storage import open_files, stores
@@ -208,6 +210,7 @@ def test_files_are_replaced_swapped_and_made_durable(tmp_path: Path) -> None:
     assert second.read_bytes() == b"00000000" and not first.exists()
 
 
+STOCK = FIXTURES / "trainer-zero2/checkpoint-2"
 # what is opened, by which thread, while somebody counts
 OPENED: Counter[tuple[str, threading.Thread]] | None = None
 
@@ -259,7 +262,8 @@ def test_a_command_opens_each_state_file_once(
 
     counts = Counter[tuple[str, bool]]()
     for (path, thread), count in opened.items():
-        if path.endswith("_states.pt") and path.startswith(f"{folder}/"):
+        is_state = path.endswith(("_states.pt", "trainer_state.json"))
+        if is_state and path.startswith(f"{folder}/"):
             counts[path, thread is threading.main_thread()] += count
     assert counts and set(counts.values()) == {1}, counts
 
@@ -290,6 +294,25 @@ def test_the_system_is_asked_for_room_for_many_files() -> None:
         assert limits.raise_open_files(70) == 80
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_list_looks_at_each_checkpoint_as_often_as_at_one(
+    audited: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whose files count steps of their own, as those of PPO do, so that each may be a copy."""
+    state = json.loads((STOCK / "trainer_state.json").read_text())
+    for step in range(10, 30):
+        folder = shutil.copytree(STOCK, tmp_path / f"checkpoint-{step}")
+        (folder / "trainer_state.json").write_text(json.dumps(state | {"global_step": step}))
+
+    opened = Counter[tuple[str, threading.Thread]]()
+    monkeypatch.setattr(sys.modules[__name__], "OPENED", opened)
+    monkeypatch.setattr(liveness, "PAUSE", 0.0)
+    with contextlib.suppress(SystemExit):
+        cli.main(args=["ls", str(tmp_path)], standalone_mode=False)
+
+    counts = [count for (path, _), count in opened.items() if path.endswith("trainer_state.json")]
+    assert len(counts) == 20 and max(counts) <= 2  # parsed, and compared with the others
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])

@@ -93,6 +93,7 @@ class _Siblings:
     def __init__(self, run_folder: Path, name: str):
         self.by_size: dict[int, list[Path]] = {}
         self.by_bytes: dict[int, dict[bytes, list[Path]]] = {}
+        self.digests: dict[Path, bytes] = {}
         for path in sorted(run_folder.glob(f"*/{name}")):
             self.by_size.setdefault(path.stat().st_size, []).append(path)
 
@@ -102,9 +103,11 @@ class _Siblings:
         if nbytes not in self.by_bytes:
             groups = self.by_bytes[nbytes] = {}
             for candidate in self.by_size.get(nbytes, []):
-                groups.setdefault(_digest(candidate, nbytes), []).append(candidate)
+                digest = self.digests[candidate] = _digest(candidate, nbytes)
+                groups.setdefault(digest, []).append(candidate)
 
-        return self.by_bytes[nbytes].get(_digest(path, nbytes), [])
+        known_digest = self.digests.get(path) or _digest(path, nbytes)
+        return self.by_bytes[nbytes].get(known_digest, [])
 
 
 def _apart(folder: Path) -> list[Path]:

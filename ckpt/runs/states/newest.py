@@ -38,11 +38,16 @@ log = logging.getLogger("ckpt")
 
 
 class Newest(NamedTuple):
-    """The newest checkpoint of a run, and its state; whether it is ``universal``."""
+    """The newest checkpoint of a run, and its state; whether it is ``universal``.
+
+    ``states`` is an older one that a training can go on from, where this one has weights
+    alone.
+    """
 
     checkpoint: RunCheckpoint
     state: CheckpointState
     universal: bool = False
+    states: Path | None = None
 
     @property
     def remark(self) -> str:
@@ -54,7 +59,13 @@ class Newest(NamedTuple):
         state = "complete, not committed" if is_complete else self.state.value
         if self.universal:
             state = "complete, in the universal format"
-        return f"the newest checkpoint of {folder.parent} is {folder} ({state})"
+        line = f"the newest checkpoint of {folder.parent} is {folder} ({state})"
+        if self.states is None:
+            return line
+        return (
+            f"{line}; it has weights alone, and is newer than the states that ckpt to-fp32 --last "
+            f"converts: name {self.states} to take those"
+        )
 
 
 def newest_at(path: Path, command: str, full: bool = True, beside: Collection[Sort] = ()) -> Newest:
@@ -79,6 +90,8 @@ def newest_at(path: Path, command: str, full: bool = True, beside: Collection[So
         is_committed = offer.proof is None
         state = CheckpointState.COMMITTED if is_committed else CheckpointState.COMPLETE
         newest = Newest(offer.checkpoint, state)
+    elif newest is not None and offer is not None and not newest.universal:
+        newest = newest._replace(states=offer.checkpoint.folder)
     if newest is not None:
         offers.announce(newest.checkpoint.folder)
         return newest

@@ -106,14 +106,7 @@ class ResumeCallback(TrainerCallback):
         checkpoint = _select_checkpoint(resume_request)
 
         with ranks.step():
-            if checkpoint is None:
-                raise CheckpointError(
-                    f"{path} holds no checkpoint to compare with",
-                    "incomplete",
-                )
-
-            if layout is not None:
-                checkpoint = _checkpoint_loaded(checkpoint, layout)
+            checkpoint = _require_checkpoint(checkpoint, path, layout)
             original = _original(checkpoint)
 
         source = ResumePoint.on_all_ranks(ranks, checkpoint)
@@ -258,6 +251,17 @@ def _uncompared_names(source: ResumePoint) -> list[str]:
         names.append("loss_scale")
 
     return names
+
+
+def _require_checkpoint(
+    checkpoint: RunCheckpoint | None, path: Path, layout: Layout | None
+) -> RunCheckpoint:
+    """The checkpoint to compare with: what was loaded in the place of the one that was
+    chosen; ``CheckpointError`` if none was."""
+    if checkpoint is None:
+        raise CheckpointError(f"{path} holds no checkpoint to compare with", "incomplete")
+
+    return checkpoint if layout is None else _checkpoint_loaded(checkpoint, layout)
 
 
 def _checkpoint_loaded(checkpoint: RunCheckpoint, layout: Layout) -> RunCheckpoint:

@@ -153,7 +153,7 @@ def fp32(checkpoint: Path, tag: str | None, option: str) -> Source:
         return detection.read(checkpoint, tag)
     except CheckpointError as error:
         remedies = list(filter(None, [_part_of_nodes(checkpoint)]))
-        if error.kind != "refused" and _has_16bit(checkpoint, tag):
+        if error.kind not in ("refused", "output") and _has_16bit(checkpoint, tag):
             remedies += [f"the 16-bit weights of the model file are whole: {option} writes those"]
         if not remedies:
             raise

@@ -101,8 +101,8 @@ def missing_files(place: discovery.Place, file_kind: str, ranks: Sequence[int]) 
     of its kind show how they are called."""
     name = _name_of(place, file_kind, ranks[0])
     others = " and others" if len(ranks) > 1 else ""
-    shown = f" ({name}{others})" if name else ""
-    return f"{file_kind} files of rank {rank_list(ranks)} are missing{shown}"
+    example = f" ({name}{others})" if name else ""
+    return f"{file_kind} files of rank {rank_list(ranks)} are missing{example}"
 
 
 def _rank_words(rank_count: int, file_kind: str) -> str:

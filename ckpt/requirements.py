@@ -127,9 +127,13 @@ def require_torch(work: str) -> None:
         raise without_torch(work) from error
 
 
+class WithoutTorchError(CheckpointError, AttributeError):
+    """That torch is not installed: ``hasattr(ckpt, "live")`` is false then."""
+
+
 def without_torch(work: str) -> CheckpointError:
     """The error for ``work`` where torch is not installed."""
-    return CheckpointError(
+    return WithoutTorchError(
         f"{work} needs torch, and it is not installed; pip install torch", "unsupported"
     )
 

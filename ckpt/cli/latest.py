@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from ckpt.runs.foreign.proofs import Proof
     from ckpt.runs.run import Run, RunCheckpoint
     from ckpt.runs.states.choice import Choice
+    from ckpt.runs.states.status import CheckpointStatus
 
 
 @click.command(cls=Command, short_help="Print the checkpoint that a resume takes.")
 @RUN
-@click.option("--best", is_flag=True, help="The one that the pointer best names.")
+@click.option(
+    "--best",
+    is_flag=True,
+    help="The one that the pointer best names; without it the Trainer's own best.",
+)
 @click.option(
     "--set",
     "designation",
@@ -60,7 +65,8 @@ def latest(run: Path, best: bool, designation: str | None, dry_run: bool, as_jso
         if not dry_run:
             opened_run.point(pointer_name, checkpoint)
     elif best:
-        checkpoint = _best(opened_run)
+        checkpoint, proof = _best(opened_run)
+        notices = _foreign_line(checkpoint, proof)
     else:
         with planned.announcements(as_json):
             choice = _choice(opened_run)
@@ -102,15 +108,40 @@ def _choice(run: Run) -> Choice:
     )
 
 
-def _best(run: Run) -> RunCheckpoint:
-    """The checkpoint that the pointer best names;
-    ``CheckpointError`` if it is not committed."""
+def _best(run: Run) -> tuple[RunCheckpoint, Proof | None]:
+    """The checkpoint that the pointer best names or, without it, that the Trainer calls
+    its best; ``CheckpointError`` if it is neither committed nor complete."""
+    if run.pointer("best") is None and (status := _best_of_trainer(run)) is not None:
+        return status.checkpoint, status.proof
+
     checkpoint = run.find("best")
     if checkpoint.why is not None:
         _refuse(
             f"{run.path / 'best'} names {checkpoint.name}, which is not committed: {checkpoint.why}"
         )
-    return checkpoint
+    return checkpoint, None
+
+
+def _best_of_trainer(run: Run) -> CheckpointStatus | None:
+    """The best checkpoint by the trainer_state.json of the newest that has one; ``None`` if
+    it names none that is here and whole."""
+    from ckpt.runs.foreign import histories
+    from ckpt.runs.run import order
+    from ckpt.runs.states import listing
+    from ckpt.runs.states.status import status_of
+    from converters.detect.filenames import TRAINER_STATE
+
+    present = sorted(listing.checkpoints_in(run.path), key=order, reverse=True)
+    for checkpoint in present:
+        if not (checkpoint.folder / TRAINER_STATE).is_file():
+            continue
+        named = histories.trainer_state(checkpoint.folder).get("best_model_checkpoint")
+        name = Path(named).name if isinstance(named, str) else None
+        best = next((entry for entry in present if entry.name == name), None)
+        status = status_of(best) if best is not None else None
+        return status if status is not None and status.whole else None
+
+    return None
 
 
 def _designated(run: Run, designation: str) -> RunCheckpoint:

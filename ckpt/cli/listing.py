@@ -65,7 +65,7 @@ def _entry(
         reason=reason(status),
         lacks=checkpoint.lacks,
         changes=checkpoint.changes,
-        doubt=checkpoint.doubt,
+        doubt=checkpoint.doubt or (status.proof.remark if status.proof is not None else None),
         origin=origin,
         tier=status.tier,
         nbytes=checkpoint.nbytes,
@@ -153,6 +153,7 @@ def _remark(entry: CheckpointEntry) -> str:
     elif entry.written_by is not None:
         alone = ALONE if str(entry.reason).endswith(ALONE) else ""
         parts.append(f"complete, not committed: written by {entry.written_by}{alone}")
+        parts += [entry.doubt] if entry.doubt is not None else []
         parts += [OF_EARLIER_SAVE] if str(entry.reason).startswith(OF_EARLIER_SAVE) else []
     elif entry.reason is not None:
         parts.append(f"{prefix(entry.kind, entry.reason)}{entry.state}: {entry.reason}")

@@ -3,8 +3,9 @@ as a result and as lines for a reader."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt.cli import adapter_facts
@@ -15,15 +16,18 @@ from ckpt.weights.companions import surroundings
 from ckpt.weights.naming import packed
 from ckpt.weights.request import Request
 from converters.detect.kinds import BY_NAME
+from converters.lazy_pattern import LazyPattern
 from converters.source import EXCLUDED, Source
-from converters.storage import stores
+from converters.storage import misplaced_files, stores
 from converters.tensors import Weights
 from converters.words import counted, shape, verb
 
 if TYPE_CHECKING:
+    from ckpt.runs.checkpoint_folder import RunCheckpoint
     from ckpt.runs.states.status import CheckpointStatus
     from ckpt.weights.opening.unusual import Unusual
 
+_MISSING_FILE = LazyPattern(r"\bhas no ([\w.-]+\w)")
 MAX_VALUES = 24  # plain values that are listed
 
 
@@ -69,10 +73,22 @@ def show(
         quantized=quantized,
         tensors_by_name=_tensors_by_name(weights, unusual_tensors) if tensors else None,
         values=values,
-        notes=tuple(source.notes),
+        notes=(*source.notes, *_absences_beside(source.place.folder)),
         state=None if status is None else status.state.value,
-        reason=None if status is None else status.description or None,
+        reason=None if status is None else _reason(status.description, status.checkpoint),
     )
+
+
+def _absences_beside(folder: Path) -> Iterator[str]:
+    """A line on a dead link or an unfinished download in the folder of weights."""
+    if stores.is_folder(folder) and (finding := misplaced_files.missing(folder)):
+        yield finding.removeprefix("; ")
+
+
+def _reason(description: str, checkpoint: RunCheckpoint) -> str | None:
+    """A line on the state; of a committed one only where it was changed since."""
+    changes = [line for line in (checkpoint.lacks, checkpoint.changes) if line is not None]
+    return description or ("; ".join(["committed", *changes]) if changes else None)
 
 
 def _quantized(weights: Weights) -> QuantizedFacts | None:
@@ -237,6 +253,9 @@ def missing(result: ShowResult) -> list[str]:
 
     if EXCLUDED in result.notes:
         lines.append("frozen weights, if there were any")
+    if result.state == "incomplete" and not lines:
+        match = _MISSING_FILE.search(result.reason or "")
+        lines.append(match[1] if match is not None else "see the state")
 
     return lines or ["nothing"]
 

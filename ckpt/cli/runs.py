@@ -118,6 +118,8 @@ def prune(
     else:
         retention = Retention(keep_last, keep_every, keep_best)
         metric_names = [name for entry in opened_run.checkpoints() for name in entry.metrics]
+        if retention.best is not None and retention.best[0] not in metric_names:
+            _require_committed_metric(opened_run.path, retention.best[0])
         require_metric(retention, metric_names, opened_run.path)
         outcomes = pruning.plan(opened_run, retention)
 
@@ -199,6 +201,24 @@ def _pruned(
     )
 
 
+def _require_committed_metric(run: Path, metric: str) -> None:
+    """``CheckpointError`` where only checkpoints that are not committed have a metric, of
+    which nothing is deleted."""
+    from ckpt.runs.states import listing, status
+    from converters.errors import CheckpointError
+    from converters.words import shell_word, some
+
+    statuses = status.statuses_of(listing.checkpoints_in(run), wait=False)
+    names = [each.checkpoint.name for each in statuses if each.complete and metric in each.metrics]
+    if names:
+        raise CheckpointError(
+            f"{run}: only checkpoints that are not committed have the metric {metric} "
+            f"({some(names)}); ckpt doctor {shell_word(run)} --adopt commits them, and prune "
+            "deletes committed ones only",
+            "incomplete",
+        )
+
+
 def _alone_lines(run: Path, has_outcomes: bool, alone: Sequence[CheckpointStatus]) -> list[str]:
     """Lines on what was not touched, or on what lies there instead of checkpoints."""
     from ckpt.runs import user_paths
@@ -260,8 +280,10 @@ def _pin(folder: Path, *, pinned: bool, dry_run: bool, as_json: bool) -> None:
     checkpoint = user_paths.checkpoint_at(folder, f"ckpt {verb}")
 
     def execute(_: object) -> Output:
+        is_idle = checkpoint.pinned is pinned
         pruning.pin(checkpoint, pinned)
-        return Output(PinResult(False, folder, pinned), [f"{verb}ned\t{folder}"])
+        word = f"{'already' if pinned else 'not'} pinned" if is_idle else f"{verb}ned"
+        return Output(PinResult(False, folder, pinned), [f"{word}\t{folder}"])
 
     planned.run(
         Planned(

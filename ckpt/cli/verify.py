@@ -125,9 +125,11 @@ def _verify_lines(verdict: Verdict) -> list[str]:
 
 def statuses_at(path: Path) -> list[CheckpointStatus]:
     """The checkpoints at a path with their states, the newest last, under a bar."""
+    from ckpt.runs.conversions import conversion_in
     from ckpt.runs.states import listing, status
 
-    checkpoints = listing.checkpoints_at(path)
+    is_converted = path.is_dir() and conversion_in(path) is not None  # what to-fp32 wrote
+    checkpoints = [listing.candidate(path)] if is_converted else listing.checkpoints_at(path)
     with planned.progress(len(checkpoints), path.name, "checkpoint") as advance:
         statuses = status.statuses_of(checkpoints, progress=advance, keeps_unread=True)
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     "-o",
     "--output",
     type=OUTPUT_PATH,
-    help="Default: CHECKPOINT-fp32 (-bf16, ...).",
+    help="Default: CHECKPOINT-fp32 (-bf16, -16bit, ...).",
 )
 @TAG
 @LAST
@@ -216,6 +216,9 @@ def _rules(path: Path | None) -> AbstractContextManager[None]:
     return rules.using(path)
 
 
+_OF_TRAINERS = ("accelerate", "lightning-file")  # kinds of a training that no sign tells
+
+
 def _status(source: Source) -> CheckpointStatus | None:
     """How far a checkpoint can be relied on; ``None`` for a model alone, and in a store."""
     from ckpt.folders.filenames import MANIFEST
@@ -229,7 +232,9 @@ def _status(source: Source) -> CheckpointStatus | None:
     if source.topology is None:
         place = source.place.folder
         signs = (MANIFEST, TRAINER_STATE)  # of a slimmed one, and of a Trainer without DeepSpeed
-        is_of_training = any((place / name).is_file() for name in signs)
+        is_of_training = source.kind in _OF_TRAINERS or any(
+            (place / name).is_file() for name in signs
+        )
         return statuses_of([listing.candidate(place)], wait=False)[0] if is_of_training else None
 
     tag_folder, root = source.place.folder, source.place.root

@@ -20,6 +20,7 @@ from ckpt.runs.run import RunCheckpoint
 from ckpt.version import __version__
 from ckpt.weights.request import Request
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.options import (
     INCLUDE_TRAINING_STATE,
     KEEP_LAST,
@@ -30,6 +31,9 @@ from converters.storage import open_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+
+_UNFIT_BRANCH = LazyPattern(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{|//|^[-/]|[/.]$|\.lock$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +122,7 @@ def plan(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> PushPlan
     published there.
     """
     _require_names(repo, options.path_in_repo)
+    _require_branch(options.revision)
     with open_files.once():  # what is checked is parsed for what is sent, too
         wholeness.require(checkpoint, options.uncommitted, options.needs_no_optimizer)
         errors.require_client()
@@ -210,6 +215,16 @@ def _require_names(repo: str, path_in_repo: str | None) -> None:
         raise CheckpointError(f"{repo!r} is not a repository; write org/name", "refused")
     if path_in_repo and (fault := unfit(path_in_repo.strip("/"))):
         raise CheckpointError(f"{PATH_IN_REPO(path_in_repo)} {fault}", "refused")
+
+
+def _require_branch(name: str | None) -> None:
+    """``CheckpointError`` for what git takes for no name of a branch (git check-ref-format)."""
+    if name is not None and _UNFIT_BRANCH.search(name):
+        raise CheckpointError(
+            f"{REVISION(name)} is not the name of a branch: it has a space or another character "
+            "that git does not allow; write step-500",
+            "refused",
+        )
 
 
 def _require_steps(options: PushOptions) -> None:

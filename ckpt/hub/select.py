@@ -1,7 +1,7 @@
 """The meaning of a path for a push: a checkpoint, a model folder, or of a run the
 newest or the best.
 
-A run's newest is committed or complete (``runs.states.newest``), its best is committed.
+A run's newest is committed or complete (``runs.states.newest``), and so is its best.
 A folder of weights that no training goes on from is taken as a checkpoint without a
 manifest.
 """
@@ -33,7 +33,7 @@ from converters.words import counted, shell_word
 @dataclass(frozen=True, slots=True)
 class PushSource:
     """The checkpoint to push; ``remark`` says which it is,
-    where it is the newest of a run.
+    where it is the newest or the best of a run.
 
     Of one that is not ``committed`` a user should know before it is sent.
     """
@@ -60,7 +60,7 @@ def chosen(path: Path, best: Best | None = None, full: bool = False) -> PushSour
         return PushSource(checkpoint)
 
     if best is not None:
-        return PushSource(_best_of(Run(path), best, full))
+        return _best_of(Run(path), best, full)
 
     newest = newest_at(path, "ckpt push", full)
     if newest.checkpoint.folder.is_file():
@@ -93,25 +93,40 @@ def _require_folder(path: Path) -> None:
         raise detection.unlike("a folder", remedy)
 
 
-def _best_of(run: Run, best: Best, full: bool) -> RunCheckpoint:
-    """The checkpoint of a run at a place of the ranking by a metric."""
+def _best_of(run: Run, best: Best, full: bool) -> PushSource:
+    """The checkpoint of a run at a place of the ranking by a metric: committed, or complete."""
+    from ckpt.runs.states import copies
+    from ckpt.runs.states.status import statuses_of
+
     metric, mode, rank = best
-    checkpoints = run.checkpoints()
-    checkpoints_by_name = {
-        checkpoint.name: checkpoint
-        for checkpoint in without_derived(members(checkpoints), checkpoints)
-        if checkpoint.tier == "full" or not full
+    present = listing.checkpoints_in(run.path)
+    copied, line_members = copies.originals(present), members(present)
+    statuses = statuses_of(
+        [
+            checkpoint
+            for checkpoint in without_derived(present, present)
+            if (checkpoint in line_members if checkpoint.committed else not checkpoint.conversion)
+            and checkpoint.folder not in copied
+        ]
+    )
+    statuses_by_name = {
+        status.checkpoint.name: status
+        for status in statuses
+        if status.whole and (status.tier == "full" or not full)
     }
     candidates = [
-        Candidate(checkpoint.name, checkpoint.step or 0, str(checkpoint.tier), checkpoint.metrics)
-        for checkpoint in checkpoints_by_name.values()
+        Candidate(name, status.step or 0, str(status.tier), status.metrics)
+        for name, status in statuses_by_name.items()
     ]
     ranking = ranked(candidates, metric, mode)
     if len(ranking) < rank:
         raise CheckpointError(
-            f"{run.path} holds {counted(len(ranking), 'committed checkpoint')} with the "
-            f"metric {metric}; see ckpt ls {shell_word(run.path)}",
+            f"{run.path} holds {counted(len(ranking), 'committed or complete checkpoint')} with "
+            f"the metric {metric}; see ckpt ls {shell_word(run.path)}",
             "incomplete",
         )
 
-    return checkpoints_by_name[ranking[rank - 1].name]
+    status = statuses_by_name[ranking[rank - 1].name]
+    value = f"{metric} {ranking[rank - 1].metrics[metric]:g}"
+    remark = f"{status.checkpoint.folder} has the best {value} ({status.finding or 'committed'})"
+    return PushSource(status.checkpoint, remark, status.checkpoint.committed)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ckpt.runs import manifest as manifests
 from ckpt.runs import verify
 from ckpt.runs.checkpoint_folder import require_read
-from ckpt.runs.digests import quiet
-from ckpt.runs.foreign import liveness
+from ckpt.runs.digests import MISSING, quiet
+from ckpt.runs.foreign import intact_files, liveness
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.run import RunCheckpoint, is_numbered
 from ckpt.runs.states.status import status_of
 from converters.detect import Detection, detect, filenames, read
 from converters.errors import CheckpointError
 from converters.options import UNCOMMITTED, WEIGHTS
-from converters.words import shell_word
+from converters.words import shell_word, verb
 from converters.zero import weights_16bit
 
 
@@ -39,13 +40,36 @@ def require(checkpoint: RunCheckpoint, uncommitted: bool, needs_no_optimizer: bo
     if not verdict.whole and not (needs_no_optimizer and _lacks_optimizer_alone(checkpoint)):
         reason = checkpoint.why or verdict.problems[0]
         remedy = "choose another checkpoint"
+        if not needs_no_optimizer and _lacks_optimizer_alone(checkpoint):
+            remedy = _of_16bit()
         if checkpoint.committed and verdict.hindrance is None:  # a resume takes it
-            run = checkpoint.folder.parent
-            remedy = (
-                "it was changed or deleted since the save; if you want to push what is there now, "
-                f"ckpt doctor {shell_word(run)} --fix records it first"
-            )
+            remedy = _of_changed(checkpoint, verdict.spared)
         raise CheckpointError(f"{checkpoint.folder} is not whole: {reason}; {remedy}", "incomplete")
+
+
+def _of_16bit() -> str:
+    """The option that pushes what needs no optimizer's files."""
+    return f"the 16-bit weights of the model file are whole: {WEIGHTS('16bit')} pushes those"
+
+
+def _of_changed(checkpoint: RunCheckpoint, differences: Mapping[str, str]) -> str:
+    """What helps where files that no resume needs were changed, deleted or damaged."""
+    command = f"ckpt doctor {shell_word(checkpoint.folder.parent)} --fix"
+    damaged = [
+        name
+        for name, difference in differences.items()
+        if difference != MISSING and intact_files.damage(checkpoint.folder, name) is not None
+    ]
+    if damaged:
+        objects = verb(len(damaged), "it", "them")
+        return (
+            f"bring {objects} back, or delete {objects}, after which {command} takes {objects} off "
+            "the manifest"
+        )
+    return (
+        "it was changed or deleted since the save; if you want to push what is there now, "
+        f"{command} records it first"
+    )
 
 
 def _lacks_optimizer_alone(checkpoint: RunCheckpoint) -> bool:
@@ -97,9 +121,7 @@ def _remedy(folder: Path) -> str:
         read(folder)
     except CheckpointError:
         if _has_16bit(folder):
-            return (
-                f"the 16-bit weights of the model file are whole: {WEIGHTS('16bit')} pushes those"
-            )
+            return _of_16bit()
     return f"{UNCOMMITTED} pushes it if its weights are whole"
 
 

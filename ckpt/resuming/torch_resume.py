@@ -33,7 +33,7 @@ from ckpt.state import plain
 from ckpt.torch_training import loading
 from ckpt.torch_training.training import TorchTraining
 from converters.detect import detect
-from converters.detect.filenames import DCP
+from converters.detect.filenames import DCP, OPTIMIZERS
 from converters.errors import CheckpointError
 from converters.storage import open_files
 from converters.words import counted, with_article
@@ -169,9 +169,11 @@ def _point(checkpoint: RunCheckpoint, world: int) -> ResumePoint:
     folder, manifest = checkpoint.folder, checkpoint.manifest
     if not (folder / DCP).is_file():
         detection = detect(folder)
+        has_numbers = any((folder / name).is_file() for name in OPTIMIZERS)
+        remedy = "ckpt to-dcp makes one of it" + ", of the weights alone" * has_numbers
         raise detection.damage or CheckpointError(
             f"{folder} holds {with_article(detection.kind.title)}, and ckpt.resume(model=...) "
-            "loads torch's distributed checkpoints in one folder; ckpt to-dcp makes one of it",
+            f"loads torch's distributed checkpoints in one folder; {remedy}",
             "unsupported",
         )
 

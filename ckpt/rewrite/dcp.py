@@ -21,6 +21,7 @@ from ckpt.rewrite.crossing import ARGUMENTS, Crossing
 from ckpt.rewrite.crossing import execute as execute
 from ckpt.rewrite.crossing_proofs import DcpProof, NativeProof
 from ckpt.runs.ancestry import record_in
+from ckpt.runs.foreign import step_records
 from ckpt.weights.arguments import naming_arguments, require_choice
 from ckpt.weights.companions import model_folder
 from converters.accessors import is_whole_number
@@ -29,7 +30,7 @@ from converters.dcp.native import files as native_files
 from converters.dcp.native import training
 from converters.dcp.writing import crossing_state, folder, layouts
 from converters.dcp.writing.crossing_state import CrossingState
-from converters.detect import detect
+from converters.detect import detect, filenames
 from converters.detect import detection as detections
 from converters.detect.deepspeed import EXPERTS, PIPELINE, TENSOR_PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError, consistent
@@ -60,8 +61,8 @@ _NOT_COPIED = (
     *("model*.safetensors", "adapter_model*", "pytorch_model*.bin", "*.index.json"),
     *("zero_to_fp32.py", "zero_to_torch.py"),
 )
-# by which a folder is the Trainer's, who would look for a model of its own
-_OF_TRAINERS = ("trainer_state.json", "training_args.bin", "rng_state*.pth")
+# by which a folder is the Trainer's or Accelerate's, which look for a model of their own
+_OF_TRAINERS = ("trainer_state.json", "training_args.bin", "rng_state*.pth", "random_states_*.pkl")
 
 
 @naming_arguments(*ARGUMENTS)
@@ -267,8 +268,19 @@ def _is_inert(tree: Any) -> bool:
 
 def _notes(source: Source, state: CrossingState) -> Iterator[str]:
     """Notes for whoever loads the output."""
-    if source.topology is not None and not state.groups:
-        yield (
+    yield from step_records.contradictions(source)
+    if state.groups:
+        return
+
+    files = [source.place.root / name for name in filenames.OPTIMIZERS]
+    name = next((path.name for path in files if stores.is_file(path)), None)
+    if name is not None:
+        reason = f"{name} is left out, because its states have numbers instead of names"
+    elif source.topology is not None:
+        reason = (
             "the optimizer's states are not written, because the files do not tell whose they "
             "are, or have none"
         )
+    else:
+        reason = "there are no states of an optimizer"
+    yield f"weights alone are written, from which no training goes on: {reason}"

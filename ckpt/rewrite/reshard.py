@@ -17,6 +17,7 @@ from ckpt.rewrite import job, targets
 from ckpt.rewrite.job import ARGUMENTS, SAME_IN_ENGINE, Rewriting
 from ckpt.rewrite.job import execute as execute
 from ckpt.rewrite.targets import Settings
+from ckpt.runs.foreign import step_records
 from ckpt.weights.arguments import naming_arguments
 from converters.errors import CheckpointError
 from converters.options import EP, STAGE, WORLD_SIZE
@@ -97,6 +98,7 @@ def plan(
         companions=companions,
         notes=(
             *source.notes,
+            *step_records.contradictions(source),
             *notes_on(source, target),
             *_note_on_files_left_out(home, {path.name for path, _ in companions}),
         ),

@@ -18,6 +18,7 @@ from ckpt.rewrite import job, reshard, targets, universal_limits
 from ckpt.rewrite.job import ARGUMENTS, Rewriting
 from ckpt.rewrite.job import execute as execute
 from ckpt.rewrite.targets import Settings
+from ckpt.runs.foreign import step_records
 from ckpt.weights.arguments import naming_arguments
 from converters.errors import CheckpointError
 from converters.options import WORLD_SIZE
@@ -69,7 +70,11 @@ def plan_to(
         output=absolute(output_path(output or default_output(home, home.name + SUFFIX))),
         tag=planning.universal_tag(source),
         companions=tuple(job.companions_for(home, world_size, world_size)),
-        notes=(*source.notes, *universal_limits.notes(source, groups)),
+        notes=(
+            *source.notes,
+            *step_records.contradictions(source),
+            *universal_limits.notes(source, groups),
+        ),
     )
 
 

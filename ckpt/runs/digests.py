@@ -25,7 +25,7 @@ from ckpt.runs.fields import FieldError
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
-from converters.storage import local
+from converters.storage import local, misplaced_files
 from converters.storage.local_store import LocalFile
 from converters.storage.store import File
 from converters.torch_files import zip_directory
@@ -122,7 +122,9 @@ def _check_structure(path: Path, expected: FileRecord) -> str | None:
     if not stat.S_ISREG(status.st_mode):
         return "no plain file"
     if status.st_size != expected.size:
-        return f"{expected.size} bytes expected, found {status.st_size}"
+        difference = f"{expected.size} bytes expected, found {status.st_size}"
+        content = "is empty" if not status.st_size else misplaced_files.file(path)
+        return f"{difference}; it {content}" if content is not None else difference
 
     return None
 

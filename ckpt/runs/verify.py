@@ -3,8 +3,8 @@ and by what its state files say themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt.folders import locks
@@ -14,7 +14,6 @@ from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import later_save
 from ckpt.runs.digests import (
     LARGE,
-    MISSING,
     FileRecord,
     Progress,
     quiet,
@@ -24,7 +23,7 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.recognition import is_spare, is_weights
 from ckpt.runs.run import RunCheckpoint
 from converters.errors import CheckpointError
-from converters.words import counted, shell_word, some, verb
+from converters.words import counted
 
 _SLACK = 2.0  # seconds that a clock, or a network, may be off
 
@@ -33,13 +32,14 @@ _SLACK = 2.0  # seconds that a clock, or a network, may be off
 class Verification:
     """The findings. ``problems`` has a line for each thing that is not whole.
 
-    ``proven`` are lines on what is. ``spared`` are those problems that no resume minds.
+    ``proven`` are lines on what is. ``spared`` are files that no resume minds, and how
+    they differ.
     """
 
     checkpoint: RunCheckpoint
     problems: tuple[str, ...]
     proven: tuple[str, ...]
-    spared: tuple[str, ...] = ()
+    spared: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -50,7 +50,8 @@ class Verification:
     def hindrance(self) -> str | None:
         """The first problem that a resume minds:
         not weights that were deleted or changed."""
-        return next((line for line in self.problems if line not in self.spared), None)
+        spared_lines = [f"{name}: {difference}" for name, difference in self.spared.items()]
+        return next((line for line in self.problems if line not in spared_lines), None)
 
 
 def verify(
@@ -86,8 +87,6 @@ def verify(
             proven = [f"{counted(len(manifest.files), 'file')}, {finding}"]
 
         proven += filter(None, [checkpoint.doubt])
-        if checkpoint.committed and spared_names:
-            proven += _spared_lines(checkpoint, spared_names, differences)
         if manifest.tier == "full" and manifest.nodes == 1:
             for engine, tag_path in _places_of_states(checkpoint.folder, manifest).items():
                 proof, problem = states(checkpoint.folder, tag_path)
@@ -97,8 +96,8 @@ def verify(
     if manifest.nodes > 1:
         proven.append(part_of(manifest.node, manifest.nodes))
 
-    spared_lines = tuple(f"{name}: {differences[name]}" for name in spared_names)
-    return Verification(checkpoint, tuple(problems), tuple(proven), spared_lines)
+    spared = {name: differences[name] for name in spared_names}
+    return Verification(checkpoint, tuple(problems), tuple(proven), spared)
 
 
 def _places_of_states(folder: Path, manifest: Manifest) -> Mapping[str, str | None]:
@@ -147,43 +146,6 @@ def _changed_at(path: Path) -> float:
     """When a file or its inode was changed last, in seconds since 1970."""
     status = path.stat()
     return max(status.st_mtime, status.st_ctime)
-
-
-def _spared_lines(
-    checkpoint: RunCheckpoint, names: Sequence[str], differences: Mapping[str, str]
-) -> list[str]:
-    """That no resume needs these files, and the way on: what ``ckpt doctor --fix``
-    records, and what it does not."""
-    recordable_names = [name for name in names if _is_recordable(checkpoint, name)]
-    other_names = [name for name in names if name not in recordable_names]
-    command = f"ckpt doctor {shell_word(checkpoint.folder.parent)} --fix"
-    lines = []
-    if recordable_names:
-        are_missing = [differences[name] == MISSING for name in recordable_names]
-        word = "deleted" if all(are_missing) else "changed"
-        if any(are_missing) and not all(are_missing):
-            word = "deleted or changed"
-        lines.append(
-            f"no resume needs what was {word}; {command} makes the manifest say what is there"
-        )
-    if other_names:
-        object_word = verb(len(other_names), "it", "them")
-        lines.append(
-            f"no resume needs {some(other_names)}; bring {object_word} back, or delete "
-            f"{object_word}, after which {command} takes {object_word} off the manifest"
-        )
-
-    return lines
-
-
-def _is_recordable(checkpoint: RunCheckpoint, name: str) -> bool:
-    """Whether ``ckpt doctor --fix`` makes the manifest say of a file what it is now."""
-    manifest = checkpoint.manifest
-    if manifest is None or manifest.nodes > 1:
-        return False
-    if name in (*checkpoint.deleted, *checkpoint.changed):
-        return True
-    return may_be_edited(checkpoint.folder, name, manifest.files[name])
 
 
 def may_be_edited(folder: Path, name: str, file: FileRecord) -> bool:

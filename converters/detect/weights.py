@@ -8,7 +8,10 @@ from converters.detect.look import Look
 from converters.storage import bounded_json, first_bytes, misplaced_files, stores
 
 _READER = "converters.formats.weight_files:read"
-_OPENS = "ckpt.open reads it as it is, from_pretrained loads the folder, and ckpt push publishes it"
+_OPENS = (
+    "ckpt.open reads it as it is, from_pretrained loads the folder if its config.json is there, "
+    "and ckpt push publishes it if nothing is missing"
+)
 _WHOLE = "it has the weights already, {evidence}, so there is nothing to convert: {remedy}"
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _MODELS = (*filenames.SAFETENSORS, *filenames.TORCH_BIN)
@@ -200,8 +203,8 @@ KINDS = (
         sign=trainer,
         reader=_READER,
         statement="is a checkpoint of the Trainer without DeepSpeed",
-        remedy="trainer.train(resume_from_checkpoint=...) goes on from it, ckpt.open reads the "
-        "weights, and ckpt push publishes them",
+        remedy="ckpt.open reads the weights, and if nothing is missing "
+        "trainer.train(resume_from_checkpoint=...) goes on from it, and ckpt push publishes them",
         refusal="{statement}; " + _WHOLE,
     ),
     Kind(
@@ -234,8 +237,8 @@ KINDS = (
         sign=accelerate,
         reader=_READER,
         statement="is a checkpoint of Accelerate without DeepSpeed",
-        remedy="accelerator.load_state goes on from it, ckpt.open reads the weights, and ckpt "
-        "push publishes them",
+        remedy="ckpt.open reads the weights, and if nothing is missing accelerator.load_state "
+        "goes on from it, and ckpt push publishes them",
         refusal="{statement}; " + _WHOLE,
     ),
     Kind(

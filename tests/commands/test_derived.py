@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import stock_checkpoints
 from oracles import run as command
 from run_folders import SOURCE, real
 
@@ -497,3 +498,32 @@ def test_weights_made_beside_the_checkpoints_are_listed_and_never_taken(
 
     command("ls", tmp_path / "checkpoint-2")
     command("ls", tmp_path / "checkpoint-2-fp32", code=1)
+
+
+def test_what_is_made_for_another_trainer_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights alone, and states that the trainer of the run could not load."""
+    weights = tmp_path / "weights"
+    for step in (2, 4):
+        stock_checkpoints.trainers(weights / f"checkpoint-{step}", step)
+    command("to-dcp", weights / "checkpoint-4")
+    assert "weights alone are written" in capsys.readouterr().err
+    shutil.rmtree(weights / "checkpoint-4")
+    assert rows(weights, capsys)["checkpoint-4-dcp"]["tier"] == "weights"
+
+    states = tmp_path / "states"
+    for step in (2, 4):
+        stock_checkpoints.stock(states, step)
+    command("to-dcp", states / "checkpoint-4")
+    shutil.rmtree(states / "checkpoint-4")
+    assert rows(states, capsys)["checkpoint-4-dcp"]["tier"] == "full"
+    for run in (weights, states):
+        assert ckpt.find(run) == str(run / "checkpoint-2")
+
+    command("doctor", states)
+    said = capsys.readouterr().err
+    assert "checkpoint-4-dcp is complete, and a resume of this run passes over it" in said
+    assert "checkpoint-4-dcp" not in said.partition("a resume takes it as it is")[2]
+    shutil.rmtree(states / "checkpoint-2")  # nothing says any more who saves here
+    assert ckpt.find(states) == str(states / "checkpoint-4-dcp")

@@ -14,6 +14,7 @@ from oracles import FIXTURES, run
 from run_folders import real, small
 
 import ckpt
+from ckpt.hub import select
 from ckpt.runs.run import Run
 from ckpt.runs.states import listing
 from ckpt.runs.states.newest import newest_at
@@ -284,6 +285,24 @@ def test_prune_asks_for_a_metric_that_checkpoints_have(
     real(tmp_path, 2)
     run("prune", tmp_path, "--keep-best", "acc:max:1", "--dry-run", code=1)
     assert "no checkpoint has the metric acc" in capsys.readouterr().err
+
+
+def test_the_best_of_complete_ones_is_chosen_by_what_the_trainer_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step, loss in ((2, 0.5), (4, 0.75)):
+        folder = stock_checkpoints.stock(tmp_path, step, [{"step": step, "eval_loss": loss}])
+        path = folder / "trainer_state.json"
+        best = {"best_model_checkpoint": "/elsewhere/out/checkpoint-2"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | best))
+    choice = select.chosen(tmp_path, ("eval_loss", "min", 1))
+    assert choice.checkpoint.name == "checkpoint-2" and not choice.committed
+    assert choice.remark is not None and "complete, not committed" in choice.remark
+    run("latest", tmp_path, "--best")
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "checkpoint-2") and "not committed" in said.err
+    run("prune", tmp_path, "--keep-best", "eval_loss:min", "--dry-run", code=1)
+    assert f"ckpt doctor {tmp_path} --adopt commits them" in capsys.readouterr().err
 
 
 def test_files_of_two_steps_are_not_complete(tmp_path: Path) -> None:

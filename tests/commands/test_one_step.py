@@ -141,6 +141,20 @@ def test_a_file_of_another_step_is_told(
         ckpt.find(tmp_path)
 
 
+def test_whoever_reads_such_a_checkpoint_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = with_deepspeed(tmp_path / "out")
+    says(1)(folder)
+    commands = (["to-fp32"], ["to-dcp"], ["to-universal"], ["reshard", "--world-size", "1"])
+    for command in commands:
+        run(*command, folder, "-o", tmp_path / "new", "--dry-run")
+        said = capsys.readouterr()
+        assert f"incomplete: {folder} holds files of two steps" in said.out + said.err
+    ckpt.open(folder)
+    assert "holds files of two steps" in caplog.text
+
+
 def older(folder: Path, step: int) -> Path:
     """A checkpoint of another step beside it, written a minute before, as all of its files."""
     sibling = without_deepspeed(folder.parent / ".made").rename(

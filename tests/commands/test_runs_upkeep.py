@@ -29,6 +29,7 @@ from stock_checkpoints import stock
 
 import ckpt
 from ckpt.folders import filenames, locks
+from ckpt.hub import wholeness
 from ckpt.runs import manifest, pruning
 from ckpt.runs.foreign.proofs import Proof
 from ckpt.runs.retention import Retention
@@ -851,3 +852,25 @@ def test_collecting_takes_the_lock_that_the_doctor_looks_for(tmp_path: Path) -> 
         run("collect", *parts, "-o", tmp_path / "out/checkpoint-2", code=1)
     run("collect", *parts, "-o", tmp_path / "out/checkpoint-2")
     assert os.listdir(tmp_path / "out") == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_what_lies_in_the_place_of_weights_is_named_with_what_helps(
+    content: bytes, out: Run, later: Later, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = out.checkpoints()[-1].folder
+    weights = newest / "model.safetensors"
+    weights.write_bytes(content)
+    later()
+    run("verify", newest, code=1)
+    said = capsys.readouterr().out
+    assert ("it is a Git LFS pointer" if content else "it is empty") in said
+    assert f"bring it back, or delete it, after which ckpt doctor {out.path} --fix" in said
+    with pytest.raises(CheckpointError, match="or delete it, after which ckpt doctor"):
+        wholeness.require(open_checkpoint(newest), uncommitted=False, needs_no_optimizer=False)
+    run("show", newest)
+    assert "committed; changed since its save: model.safetensors" in capsys.readouterr().out
+
+    weights.unlink()
+    run("doctor", out.path, "--fix")
+    run("verify", newest)

@@ -22,6 +22,7 @@ from stock_checkpoints import (
     accelerates,
     dcp,
     lightnings,
+    of_accelerate,
     of_engine,
     sharded,
     state,
@@ -458,7 +459,7 @@ def test_what_cannot_be_adopted_is_a_note_and_no_failure(
     adoptable = (tmp_path / "checkpoint-6", tmp_path / "checkpoint-8")
     assert said.out == "".join(f"would adopt\t{path}\n" for path in adoptable)
     note, _, unproven = said.err.splitlines()
-    assert "2 checkpoints are complete, written by Lightning, the Trainer" in note
+    assert "checkpoint-2, step=4.ckpt are complete, written by Lightning, the Trainer" in note
     assert "they are not of a kind that is committed, so that ckpt doctor --adopt" in note
     assert "had no checksum and would be taken as they are (model.safetensors, " in unproven
     entries = printed("doctor", tmp_path, "--adopt", "--dry-run")["checkpoints"]
@@ -654,3 +655,41 @@ def test_advice_on_two_trainings_is_what_helps_and_is_quoted(
     stock(run_folder, 6, logs[1])
     run("doctor", run_folder)
     assert f"ckpt doctor '{run_folder}' --adopt keeps them apart" in capsys.readouterr().err
+
+
+def test_show_has_the_state_of_every_trainer_and_the_file_that_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = (trainers(tmp_path / "checkpoint-2", 2), accelerates(tmp_path / "checkpoint_1"))
+    for folder, name in zip(folders, ("optimizer.pt", "optimizer.bin"), strict=True):
+        run("show", folder)
+        assert "state        complete, not committed" in capsys.readouterr().out
+        (folder / name).unlink()
+        run("show", folder)
+        said = capsys.readouterr().out
+        assert f"incomplete: has no {name}" in said and f"missing      {name}" in said
+        assert "if nothing is missing" in said  # which show and to-fp32 say alike
+
+    run("show", lightnings(tmp_path / "last.ckpt", 3))
+    assert "state        complete, not committed; written by Lightning" in capsys.readouterr().out
+
+
+def test_random_states_of_a_rank_that_may_be_lost_are_said(
+    tmp_path: Path, printed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody knows: a run may have gone on with fewer ranks."""
+    for number in (0, 1):
+        accelerates(tmp_path / f"checkpoint_{number}")
+    (tmp_path / "checkpoint_1/random_states_1.pkl").unlink()
+    entries = {entry["name"]: entry for entry in printed("ls", tmp_path)["checkpoints"]}
+    assert {entry["state"] for entry in entries.values()} == {"complete"}
+    assert entries["checkpoint_0"]["doubt"] is None
+    lost = "has no random_states_1.pkl, which checkpoint_0 has"
+    assert entries["checkpoint_1"]["doubt"].startswith(lost)
+    run("verify", tmp_path / "checkpoint_1")
+    assert lost in capsys.readouterr().out
+
+    with_deepspeed = of_accelerate(tmp_path / "with")
+    (with_deepspeed / "random_states_1.pkl").unlink(missing_ok=True)
+    run("verify", with_deepspeed)
+    assert "has no random_states_1.pkl, and its states are of 2 ranks" in capsys.readouterr().out

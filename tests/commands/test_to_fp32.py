@@ -191,3 +191,16 @@ def test_neither_torch_nor_transformers_is_loaded(tmp_path: Path) -> None:
         "assert not {'torch', 'transformers', 'click'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_a_part_of_a_model_is_not_said_to_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = FIXTURES / "trainer-zero2/checkpoint-2"
+    run("to-fp32", checkpoint, "-o", tmp_path / "part", "--select", "model.layers.0.*")
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert verdict.startswith("does not load alone: 9 of 20 names of LlamaForCausalLM; ")
+    assert "would initialize model.embed_tokens.weight, " in verdict
+    run("verify", tmp_path / "part")
+    (tmp_path / "part/model.safetensors").write_bytes(b"\0" * 100)
+    run("verify", tmp_path / "part", code=1)

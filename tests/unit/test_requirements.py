@@ -179,6 +179,7 @@ def test_without_torch_every_public_name_says_that_it_needs_it() -> None:
         "import ckpt\n"
         f"source = {str(ROOT / 'fixtures/zero2-bf16-w2')!r}\n"
         "works = lambda: ckpt.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(source)\n"
+        "assert not hasattr(ckpt, 'live')\n"
         "names = {name: lambda name=name: getattr(ckpt, name) for name in dir(ckpt)}\n"
         "modules = ('ckpt.trainers.hf', 'ckpt.trainers.accelerate', 'ckpt.trainers.lightning')\n"
         "names |= {name: lambda name=name: __import__(name) for name in modules}\n"

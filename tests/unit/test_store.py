@@ -262,7 +262,8 @@ def test_a_command_opens_each_state_file_once(
 
     counts = Counter[tuple[str, bool]]()
     for (path, thread), count in opened.items():
-        if path.endswith(("_states.pt", "trainer_state.json")) and path.startswith(f"{folder}/"):
+        is_state = path.endswith(("_states.pt", "trainer_state.json"))
+        if is_state and path.startswith(f"{folder}/"):
             counts[path, thread is threading.main_thread()] += count
     assert counts and set(counts.values()) == {1}, counts
 

@@ -59,7 +59,8 @@ def to_dcp(
 
     torch.distributed.checkpoint.load reads it on any number of ranks, with FSDP2, FSDP1, DDP
     or one process. Weights (the fp32 ones), every optimizer state, steps and options of the
-    optimizer are those of CHECKPOINT, bit for bit. A model folder has weights only.
+    optimizer are those of CHECKPOINT, bit for bit. A model folder has weights only, and so has
+    what is written of a checkpoint of the Trainer or Accelerate without DeepSpeed and FSDP.
 
     \b
     ckpt to-dcp out/checkpoint-500

@@ -125,12 +125,7 @@ def _proof(path: Path, tag: str | None) -> Proof:
     if any(entry_name.endswith((".metadata", ".distcp")) for entry_name in entry_names):
         from ckpt.runs.foreign import dcp_files
 
-        dcp_files.require_dcp(path)
-        is_lightning = "meta.pt" in entry_names
-        if is_lightning:
-            intact_files.require_torch_file(path / "meta.pt")
-        kind = "Lightning with FSDP" if is_lightning else "torch's distributed checkpoint"
-        return Proof(path, kind)
+        return dcp_files.proof_of(path)
 
     return _of_functions(path, entry_names)
 
@@ -156,15 +151,8 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
     """
     from ckpt.runs.foreign import dcp_files
 
-    model_parts = dcp_files.fsdp_parts(path, "pytorch_model_fsdp")
-    if model_parts and dcp_files.fsdp_parts(path, "optimizer"):
-        return Proof(path, "FSDP")
-    if model_parts:
-        raise CheckpointError(
-            f"{path} has FSDP's model, but no optimizer.bin, optimizer_0 or optimizer_0_rank0.bin "
-            "beside it: its save did not finish, or no training goes on from it",
-            "incomplete",
-        )
+    if (proof := dcp_files.proof_of_parts(path)) is not None:
+        return proof
     if not entry_names:
         raise CheckpointError(f"{path} is empty: its save did not begin", "incomplete")
 
@@ -278,26 +266,29 @@ def _of_plain_trainer(
 
 
 def _of_accelerate(folder: Path, entry_names: set[str]) -> Proof:
-    intact_files.require_all_ranks(
-        folder, [folder / entry_name for entry_name in entry_names], RANDOM
-    )
+    paths = [folder / entry_name for entry_name in entry_names]
+    random_ranks = intact_files.require_all_ranks(folder, paths, RANDOM)
     intact_files.require_files(folder, filterfalse(_is_tools_own, entry_names), has_tag(folder))
 
     if has_tag(folder):
-        return _of_deepspeed(folder, "Accelerate with DeepSpeed")
+        proof = _of_deepspeed(folder, "Accelerate with DeepSpeed")
+        world_size = proof.source.world_size if proof.source is not None else 0
+        doubt = intact_files.doubt_about_ranks(folder, random_ranks, world_size)
+        return replace(proof, remark=doubt)
 
     from ckpt.runs.foreign import dcp_files
 
     model_parts = dcp_files.fsdp_parts(folder, "pytorch_model_fsdp")
     if not model_parts and not intact_files.weights(folder):
         raise CheckpointError(f"{folder} has no weights of a model", "incomplete")
-    if not dcp_files.fsdp_parts(folder, "optimizer"):
+    optimizer_parts = dcp_files.fsdp_parts(folder, "optimizer")
+    if not optimizer_parts:
         raise CheckpointError(f"{folder} has no optimizer.bin", "incomplete")
 
-    return Proof(
-        folder,
-        "Accelerate with FSDP" if model_parts else "Accelerate without DeepSpeed",
-    )
+    kind = "Accelerate with FSDP" if model_parts else "Accelerate without DeepSpeed"
+    rank_count = dcp_files.rank_count([*model_parts, *optimizer_parts])
+    doubt = intact_files.doubt_about_ranks(folder, random_ranks, rank_count)
+    return Proof(folder, kind, remark=doubt)
 
 
 def _of_deepspeed(

@@ -13,10 +13,13 @@ Source of FSDP's parts of a checkpoint: accelerate 1.15 ``utils/fsdp_utils.py``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ckpt.runs.ancestry import record_in
 from ckpt.runs.foreign import intact_files
+from ckpt.runs.foreign.proofs import OWN, Proof
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
 from converters.storage import open_files
@@ -57,6 +60,58 @@ def require_dcp(folder: Path) -> None:
                 f"{path} has {file_size} bytes, expected {needed_end}; it is cut short"
             )
         item_forms.require_form(place)  # all items are looked at by ``verify --data``
+
+
+def proof_of(folder: Path) -> Proof:
+    """The proof of a folder of torch's distributed checkpoint, of Lightning or a loop."""
+    require_dcp(folder)
+    is_lightning = (folder / "meta.pt").is_file()
+    if is_lightning:
+        intact_files.require_torch_file(folder / "meta.pt")
+    kind = "Lightning with FSDP" if is_lightning else "torch's distributed checkpoint"
+    # a loop that saved its model alone goes on from that; of another one it is weights
+    is_training = record_in(folder) is None or has_states(folder)
+
+    return Proof(folder, kind, resumable=is_training)
+
+
+def proof_of_parts(folder: Path) -> Proof | None:
+    """The proof of FSDP's model and optimizer, which no trainer describes; ``None``: it
+    has no model."""
+    if not fsdp_parts(folder, "pytorch_model_fsdp"):
+        return None
+    if fsdp_parts(folder, "optimizer"):
+        return Proof(folder, "FSDP")
+    if record_in(folder) is not None:  # ckpt to-dcp, of weights alone
+        return Proof(folder, OWN, resumable=False)
+    raise CheckpointError(
+        f"{folder} has FSDP's model, but no optimizer.bin, optimizer_0 or optimizer_0_rank0.bin "
+        "beside it: its save did not finish, or no training goes on from it",
+        "incomplete",
+    )
+
+
+def rank_count(parts: Iterable[Path]) -> int:
+    """The least number of ranks that wrote folders of DCP: replicas write nothing."""
+    names = [path.name for part in parts if part.is_dir() for path in part.iterdir()]
+    matches = map(_BYTES_OF_RANK.fullmatch, names)
+    return max((int(match[1]) + 1 for match in matches if match is not None), default=0)
+
+
+@open_files.once()
+def has_states(folder: Path) -> bool:
+    """Whether a folder of torch's distributed checkpoint
+    holds more than the weights of a model."""
+    from converters.dcp.dcp_state import DcpState
+    from converters.dcp.keys import layouts
+
+    leaves = DcpState(folder).leaves
+    try:
+        layout = layouts.split(leaves, folder)
+    except CheckpointError:  # of several models, perhaps: nobody knows what is whose
+        return True
+
+    return len(layout.model) < len(leaves)
 
 
 def _require_described(folder: Path, rank_count: int) -> None:

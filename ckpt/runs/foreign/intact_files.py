@@ -45,6 +45,20 @@ class _Json:
     content: Any
 
 
+def damage(folder: Path, name: str) -> str | None:
+    """Why a file is not taken as it is, as words after its name; ``None`` if it is whole
+    by its own form."""
+    path = folder / name
+    try:
+        if path.stat().st_size == 0:
+            return "it is empty"
+        require_file(path)
+    except (CheckpointError, OSError) as error:
+        return str(error).removeprefix(f"{path} ").removeprefix(f"{path}: ")
+
+    return None
+
+
 def require_file(path: Path) -> None:
     """``CheckpointError`` for a file that was cut short, as far as its form can tell."""
     if path.name.endswith(".index.json"):
@@ -206,6 +220,23 @@ def require_rng_ranks(folder: Path, entry_names: Collection[str]) -> int:
         )
 
     return rank_count or int("rng_state.pth" in entry_names)
+
+
+def doubt_about_ranks(folder: Path, random_ranks: int, rank_count: int = 0) -> str | None:
+    """A line where Accelerate's random states are of fewer ranks than ``rank_count``, or
+    than those of another checkpoint of the run.
+
+    Nothing is proven by it: processes that Accelerate does not count write one file, a
+    run may have gone on with fewer ranks, and ``load_state`` goes on without
+    (accelerate 1.15 ``checkpointing.py``: ``load_accelerator_state``).
+    """
+    name = f"random_states_{random_ranks}.pkl"
+    if random_ranks < rank_count:
+        return f"has no {name}, and its states are of {counted(rank_count, 'rank')}"
+    other = next((path.name for path in folder.parent.iterdir() if (path / name).is_file()), None)
+    if other is None:
+        return None
+    return f"has no {name}, which {other} has: it is lost, unless fewer ranks saved this one"
 
 
 def _example(name_pattern: str, rank: int) -> str:

@@ -31,6 +31,7 @@ class Proof:
     ``None`` where the files do not say. ``history`` is what the Trainer logged until
     then. ``hindrance`` says why no training goes on from states as they lie there.
     ``source`` is what was read of DeepSpeed's files, while it is being proven.
+    ``remark`` is a line on what may be missing, and need not be.
     """
 
     path: Path
@@ -42,3 +43,4 @@ class Proof:
     shapes: Mapping[str, tuple[int, ...]] | None = None
     hindrance: str | None = None
     source: Source | None = None
+    remark: str | None = None

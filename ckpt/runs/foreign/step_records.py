@@ -30,11 +30,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ckpt.runs.foreign import copied_files, intact_files
+from ckpt.runs.foreign import copied_files, histories, intact_files
 from ckpt.runs.recognition import is_numbered, step_in
 from converters.accessors import is_number, is_whole_number
 from converters.detect import detect, filenames
 from converters.errors import CheckpointError
+from converters.source import Source
+from converters.storage.store import is_url
 from converters.zero import step_counts
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import state_files
@@ -117,6 +119,20 @@ def require_one_step(folder: Path, step: int, checkpoint: Checkpoint | None = No
         )
     if checkpoint is not None and optimizer in differing:
         _require_tag(folder, state, optimizer, checkpoint)
+
+
+def contradictions(source: Source) -> Iterator[str]:
+    """A line for whoever takes weights or states of a Trainer's checkpoint whose files are
+    proven to be of two steps, so that no resume takes it."""
+    folder = source.place.root
+    if is_url(folder) or not (folder / filenames.TRAINER_STATE).is_file():
+        return
+
+    checkpoint = source if isinstance(source, Checkpoint) and source.kind == "deepspeed" else None
+    try:
+        require_one_step(folder, histories.stated_step(folder), checkpoint)
+    except CheckpointError as error:
+        yield f"incomplete: {error}; its states are taken as they are"
 
 
 def _require_tag(

@@ -135,6 +135,11 @@ def remedy_of(source: Source, path: Path) -> str:
             f", or, if you changed the weights yourself, ckpt doctor {shell_word(path)} --adopt "
             "--one-save commits it as it is"
         )
+    elif isinstance(source, Checkpoint):
+        way = (
+            ", or, if the training changes weights after each step, resume it by name: "
+            f'ckpt.resume(engine, run, tag="{source.place.tag}", load_foreign=True)'
+        )
     return f"{why}; bring back the files of one save{way}"
 
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 _RUNS = ("deepspeed-several", "parent")  # the kinds of a run that no file latest leads on from
 _MAX_REASONS = 3
 _WITH_STATES: tuple[Sort, ...] = ("universal",)
-_WITH_WEIGHTS: tuple[Sort, ...] = ("weights", "slimmed", "universal")
+_WEIGHTS: tuple[Sort, ...] = ("weights", "slimmed")
+_WITH_WEIGHTS: tuple[Sort, ...] = (*_WEIGHTS, "universal")
 log = logging.getLogger("ckpt")
 
 
@@ -96,6 +97,13 @@ def newest_at(path: Path, command: str, full: bool = True, beside: Collection[So
         return newest
     if not listing.checkpoints_in(run.path):
         raise user_paths.instead(run.path, user_paths.RUN)
+
+    if offers.skipped and all(entry.sort in _WEIGHTS for entry in offers.skipped):
+        raise CheckpointError(
+            f"{run.path} holds weights only, and {command} takes a checkpoint with states: name "
+            f"the folder of weights, such as {offers.skipped[0].path}",
+            "incomplete",
+        )
 
     reasons = [
         f"{entry.path.name}: {entry.why.removeprefix(f'{entry.path}/')}" for entry in offers.skipped

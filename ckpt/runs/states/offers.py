@@ -16,9 +16,9 @@ from pathlib import Path
 from ckpt.runs import lineage
 from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
-from ckpt.runs.foreign import completeness, liveness
+from ckpt.runs.foreign import liveness
 from ckpt.runs.foreign.overwriting import require_one_save
-from ckpt.runs.foreign.proofs import STATES_ALONE, Proof
+from ckpt.runs.foreign.proofs import Proof
 from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import (
     RunCheckpoint,
@@ -32,7 +32,6 @@ from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.states.offer_order import TopologyFilter, newest_first
 from ckpt.runs.states.skipped import (
     ENGINE_ALONE,
-    NO_TRAINER_STATE,
     UNCOMMITTED,
     SkippedCandidate,
     Sort,
@@ -75,6 +74,7 @@ class Offers:
     ):
         self.run, self.deepspeed, self.committed_only = run, deepspeed, committed_only
         self.announces = announces
+        self.loads_deepspeed = deepspeed or fits is not None
         present = skipped.without_universal(checkpoints_in(run))
         line_members = members(present)
         self.other_lines = [
@@ -159,8 +159,8 @@ class Offers:
                 continue
 
             proof = self._prove(checkpoint)
-            if proof is not None and self._has_trainers and proof.kind in STATES_ALONE:
-                self.skip(checkpoint.folder, NO_TRAINER_STATE, "apart")
+            if proof is not None and (reason := self._other_trainer(checkpoint, proof.kind)):
+                self.skip(checkpoint.folder, reason, "apart")
                 continue
             if proof is not None and (has_usable or self._counts(checkpoint, proof)):
                 if not has_offer:
@@ -197,6 +197,11 @@ class Offers:
         if self.announces:
             log.warning("%s", remark)
 
+    def _other_trainer(self, checkpoint: RunCheckpoint, writer: str | None = None) -> str | None:
+        return skipped.other_trainer(
+            checkpoint, writer, self.checkpoints, deepspeed=self.loads_deepspeed
+        )
+
     def _is_engine_alone(self, checkpoint: RunCheckpoint) -> bool:
         """Whether it is a tag beside checkpoints of a Trainer, which could not go on from it."""
         folder = checkpoint.folder
@@ -205,9 +210,7 @@ class Offers:
     @cached_property
     def _has_trainers(self) -> bool:
         """Whether a Trainer saved one of these."""
-        return any(
-            (candidate.folder / completeness.STATE).is_file() for candidate in self.checkpoints
-        )
+        return skipped.has_trainers(self.checkpoints)
 
     @cached_property
     def _copies(self) -> Originals:
@@ -253,7 +256,8 @@ class Offers:
 
     def _hindrance(self, checkpoint: RunCheckpoint) -> str | None:
         if checkpoint.folder not in self.reasons:
-            self.reasons[checkpoint.folder] = unusable(checkpoint)
+            reason = unusable(checkpoint) or self._other_trainer(checkpoint)
+            self.reasons[checkpoint.folder] = reason
         return self.reasons[checkpoint.folder]
 
     def _prove(self, checkpoint: RunCheckpoint) -> Proof | None:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ckpt.runs.foreign.completeness import has_tag
+from ckpt.runs.foreign.completeness import STATE, has_tag
+from ckpt.runs.foreign.proofs import STATES_ALONE
 from ckpt.runs.run import RunCheckpoint, original_of
 from ckpt.runs.states import save_dirs
+from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.words import first, more, shell_word
 
@@ -29,7 +31,12 @@ NO_TRAINER_STATE = (
     "it has no trainer_state.json, without which the Trainer, which saved others here, cannot go "
     "on from it"
 )
+OTHER_FORMAT = (
+    "ckpt made it, in another format than what a training saved here, which that training cannot "
+    "go on from; others take it by name"
+)
 UNCOMMITTED = f"it has no manifest.json, and {COMMITTED_ONLY}"
+_DEEPSPEED = "deepspeed"
 _MAX_SHOWN = 3
 
 
@@ -87,6 +94,58 @@ def lost_work(run: Path, skipped: Sequence[SkippedCandidate]) -> CheckpointError
     )
 
 
+def other_trainer(
+    checkpoint: RunCheckpoint,
+    writer: str | None,
+    present: Sequence[RunCheckpoint],
+    deepspeed: bool = False,
+) -> str | None:
+    """Why the trainer whose run it is cannot go on from a complete checkpoint, or ``None``.
+
+    ``writer`` is the kind of its proof; ``present`` are those of the run.
+    """
+    if writer in STATES_ALONE and has_trainers(present):
+        return NO_TRAINER_STATE
+    return OTHER_FORMAT if is_of_other_format(checkpoint, present, deepspeed) else None
+
+
+def has_trainers(checkpoints: Iterable[RunCheckpoint]) -> bool:
+    """Whether a Trainer saved one of these."""
+    return any((checkpoint.folder / STATE).is_file() for checkpoint in checkpoints)
+
+
+def is_of_other_format(
+    checkpoint: RunCheckpoint, present: Iterable[RunCheckpoint], deepspeed: bool = False
+) -> bool:
+    """Whether ckpt made a checkpoint for another trainer than the one whose run it lies in.
+
+    That is known where DeepSpeed is to load it, or by the formats of what was saved among
+    those ``present``. Where nothing else is there, it may be what somebody begins with.
+    """
+    if checkpoint.source is None or not checkpoint.source.is_rewriting:
+        return False
+    if deepspeed:
+        return _format_of(checkpoint.folder) != _DEEPSPEED
+
+    saved = [entry for entry in present if entry.source is None and entry.tier != "weights"]
+    formats = {_format_of(entry.folder) for entry in saved if entry.conversion is None}
+    return bool(formats) and _format_of(checkpoint.folder) not in formats
+
+
+def _format_of(folder: Path) -> str:
+    """The format of states: DeepSpeed's, torch's, or that of another kind."""
+    if folder.is_dir() and has_tag(folder):
+        return _DEEPSPEED
+    return detect(folder).kind.name.partition("-")[0]
+
+
+def sort_of(checkpoint: RunCheckpoint) -> Sort:
+    """The sort of a checkpoint with a manifest that cannot be gone on from."""
+    if checkpoint.tier != "weights":
+        return "lost"
+    return "slimmed" if checkpoint.is_slimmed else "weights"
+
+
 def _may_be_committed(path: Path) -> bool:
     """Whether DeepSpeed's files lie in a folder of its own, which may get a manifest."""
     return path.is_dir() and has_tag(path) and not save_dirs.is_tag(path)
@@ -103,10 +162,3 @@ def without_universal(checkpoints: Iterable[RunCheckpoint]) -> list[RunCheckpoin
         for checkpoint in present
         if not checkpoint.is_universal or original_of(checkpoint, present) is None
     ]
-
-
-def sort_of(checkpoint: RunCheckpoint) -> Sort:
-    """The sort of a checkpoint with a manifest that cannot be gone on from."""
-    if checkpoint.tier != "weights":
-        return "lost"
-    return "slimmed" if checkpoint.is_slimmed else "weights"

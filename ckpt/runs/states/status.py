@@ -174,6 +174,8 @@ class CheckpointStatus:
         if self.complete:
             writer = f"; written by {self.writer}" if self.writer is not None else ""
             writer += "; of the engine alone (of trainer.save_model())" * self.is_engine_alone
+            doubt = self.proof.remark if self.proof is not None else None
+            writer += f"; {doubt}" if doubt is not None else ""
             remark = f"; {OF_EARLIER_SAVE}" if self.checkpoint.is_overwritten else ""
             return f"{self.finding}{writer}{remark}"
 

@@ -9,13 +9,14 @@ by names and headers, or by their bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt.folders import locks
 from ckpt.runs import verify as by_manifest
-from ckpt.runs.digests import Progress, quiet
-from ckpt.runs.foreign import liveness, value_samples
+from ckpt.runs.digests import MISSING, Progress, quiet
+from ckpt.runs.foreign import intact_files, liveness, value_samples
+from ckpt.runs.run import RunCheckpoint
 from ckpt.runs.states import checksums
 from ckpt.runs.states.checksums import ChecksumPlan
 from ckpt.runs.states.status import CheckpointStatus
@@ -23,7 +24,7 @@ from ckpt.text import size
 from converters import detect
 from converters.errors import CheckpointError, unreadable
 from converters.options import SAMPLE, SEED
-from converters.words import counted, some, verb
+from converters.words import counted, shell_word, some, verb
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,8 @@ def _by_manifest(planned: VerificationPlan, progress: Progress) -> Verdict:
     is_all = depth.word == "data"
     verification = by_manifest.verify(checkpoint, is_all, progress)
     problems, proven = [*verification.problems], [*verification.proven]
+    if checkpoint.committed and verification.spared:
+        proven = [*_spared_lines(checkpoint, verification.spared), *proven]
     checked_bytes = planned.nbytes
     if planned.checksums is not None:
         with locks.reading(checkpoint.folder):
@@ -143,6 +146,45 @@ def _by_manifest(planned: VerificationPlan, progress: Progress) -> Verdict:
         proven.append(_checked_line(planned.checksums, depth, bool(problems)))
 
     return Verdict(status, depth, tuple(problems), tuple(proven), checked_bytes)
+
+
+def _spared_lines(checkpoint: RunCheckpoint, differences: Mapping[str, str]) -> list[str]:
+    """That no resume needs these files, and the way on: what ``ckpt doctor --fix``
+    records, and what it does not."""
+    recordable_names = [name for name in differences if is_recordable(checkpoint, name)]
+    other_names = [name for name in differences if name not in recordable_names]
+    command = f"ckpt doctor {shell_word(checkpoint.folder.parent)} --fix"
+    lines = []
+    if recordable_names:
+        are_missing = [differences[name] == MISSING for name in recordable_names]
+        word = "deleted" if all(are_missing) else "changed"
+        if any(are_missing) and not all(are_missing):
+            word = "deleted or changed"
+        lines.append(
+            f"no resume needs what was {word}; {command} makes the manifest say what is there"
+        )
+    if other_names:
+        object_word = verb(len(other_names), "it", "them")
+        lines.append(
+            f"no resume needs {some(other_names)}; bring {object_word} back, or delete "
+            f"{object_word}, after which {command} takes {object_word} off the manifest"
+        )
+
+    return lines
+
+
+def is_recordable(checkpoint: RunCheckpoint, name: str) -> bool:
+    """Whether ``ckpt doctor --fix`` makes the manifest say of a file what it is now."""
+    manifest = checkpoint.manifest
+    if manifest is None or manifest.nodes > 1:
+        return False
+    if name in checkpoint.deleted:
+        return True
+    if intact_files.damage(checkpoint.folder, name) is not None:
+        return False
+    if name in checkpoint.changed:
+        return True
+    return by_manifest.may_be_edited(checkpoint.folder, name, manifest.files[name])
 
 
 def _complete(planned: VerificationPlan, progress: Progress) -> Verdict:

@@ -21,7 +21,6 @@ from ckpt.runs.checkpoint_folder import is_spared
 from ckpt.runs.foreign import intact_files
 from ckpt.runs.manifest import FileRecord, Manifest
 from ckpt.runs.run import RunCheckpoint
-from ckpt.runs.states.status import subjectless
 from ckpt.runs.upkeep import slim
 from ckpt.runs.verify import may_be_edited
 from converters.errors import CheckpointError, unreadable
@@ -71,18 +70,6 @@ def _is_edited(folder: Path, name: str, file: FileRecord) -> bool:
     return difference is not None and difference != digests.MISSING
 
 
-def damage(folder: Path, name: str) -> str | None:
-    """Why a changed file is not taken as it is; ``None`` if it is whole by its own form."""
-    try:
-        if (folder / name).stat().st_size == 0:
-            return "it is empty"
-        intact_files.require_file(folder / name)
-    except (CheckpointError, OSError) as error:
-        return subjectless(str(error), folder / name)
-
-    return None
-
-
 def amendment(checkpoint: RunCheckpoint) -> Amendment | None:
     """The manifest of a checkpoint without its deleted files, or with its changed ones.
 
@@ -122,7 +109,9 @@ def _taken_as_it_is(checkpoint: RunCheckpoint, manifest: Manifest) -> Amendment 
     """The manifest with what was changed,
     unless anything else is wrong with the checkpoint."""
     changed_names = tuple(
-        name for name in changed_files(checkpoint) if damage(checkpoint.folder, name) is None
+        name
+        for name in changed_files(checkpoint)
+        if intact_files.damage(checkpoint.folder, name) is None
     )
     is_all = checkpoint.committed or set(checkpoint.changed) <= set(changed_names)
     if not changed_names or not is_all:

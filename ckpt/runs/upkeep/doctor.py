@@ -20,6 +20,7 @@ from ckpt.folders import filenames, leftovers, locks
 from ckpt.folders.filenames import PLAN
 from ckpt.runs import engines, pruning
 from ckpt.runs.digests import Progress, quiet
+from ckpt.runs.foreign import intact_files
 from ckpt.runs.lease import watch
 from ckpt.runs.run import (
     Run,
@@ -209,7 +210,7 @@ def _damaged_findings(checkpoint: RunCheckpoint) -> Iterator[Finding]:
     """Files of a committed checkpoint that were changed,
     are damaged, and no resume needs."""
     for name in amending.changed_files(checkpoint) if checkpoint.committed else ():
-        if (reason := amending.damage(checkpoint.folder, name)) is not None:
+        if (reason := intact_files.damage(checkpoint.folder, name)) is not None:
             path = checkpoint.folder / name
             yield Finding(
                 path,

@@ -16,7 +16,7 @@ from ckpt.runs.checkpoint_folder import later_save
 from ckpt.runs.foreign import torn
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import is_checkpoint, is_numbered
-from ckpt.runs.states import save_dirs
+from ckpt.runs.states import listing, save_dirs, skipped
 from ckpt.runs.states.status import CheckpointState, CheckpointStatus
 from ckpt.runs.upkeep.findings import Finding, changed_lately
 from converters.storage import local
@@ -99,7 +99,7 @@ def _torn_finding(folder: Path, is_deepspeed_run: bool) -> Finding | None:
     return Finding(
         folder,
         f"torn: {reason}",
-        f"rename it to {torn_folder.name}",
+        f"rename it to {torn_folder.name} (rename it back when its files are there)",
         partial(_rename, folder, torn_folder),
     )
 
@@ -167,7 +167,7 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
 
     foreign = [status for status in complete if not status.adoptable]
     states = [status for status in foreign if status.tier == "full"]
-    lines += _state_lines(states)
+    lines += _state_lines(states, run)
     universal = [status for status in foreign if status.tier is None]
     if universal:
         lines.append(
@@ -186,7 +186,7 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
     return lines
 
 
-def _state_lines(states: Sequence[CheckpointStatus]) -> list[str]:
+def _state_lines(states: Sequence[CheckpointStatus], run: Path) -> list[str]:
     """Lines on complete states that get no manifest."""
     lines = []
     tags = [status for status in states if status.is_tag and not status.is_engine_alone]
@@ -200,6 +200,12 @@ def _state_lines(states: Sequence[CheckpointStatus]) -> list[str]:
             "trainer.save_model()): the Trainer cannot go on from it, and ckpt doctor --adopt, "
             "prune and slim leave it alone"
         )
+    states, names_by_reason = _by_reader(states, run)
+    for reason, names in names_by_reason.items():
+        lines.append(
+            f"{some(names)} {verb(len(names), 'is', 'are')} complete, and a resume of this run "
+            f"passes over {verb(len(names), 'it', 'each')}: {reason}"
+        )
     own_runs = [status for status in states if status.is_save_dir]
     if own_runs:
         words = verb(len(own_runs), save_dirs.WHY, "save_dirs with tags of their own")
@@ -210,12 +216,30 @@ def _state_lines(states: Sequence[CheckpointStatus]) -> list[str]:
     return lines
 
 
+def _by_reader(
+    statuses: Sequence[CheckpointStatus], run: Path
+) -> tuple[list[CheckpointStatus], dict[str, list[str]]]:
+    """Those that a resume of the run takes, and the names of others by the reason."""
+    present = listing.checkpoints_in(run, keeps_unread=True) if statuses else []
+    taken: list[CheckpointStatus] = []
+    names_by_reason: dict[str, list[str]] = {}
+    for status in statuses:
+        reason = skipped.other_trainer(status.checkpoint, status.writer, present)
+        if reason is None or status.is_tag or status.is_save_dir:
+            taken.append(status)
+        else:
+            names_by_reason.setdefault(reason, []).append(status.checkpoint.name)
+    return taken, names_by_reason
+
+
 def _uncommitted_line(statuses: Sequence[CheckpointStatus], reason: str) -> str:
     """A line on complete ones that get no manifest, and why."""
     number = len(statuses)
+    names = some(status.checkpoint.name for status in statuses)
     return (
-        f"{_described(number)} complete, written by {_writers(statuses)}; a resume takes "
-        f"{verb(number, 'it as it is', 'them as they are')}; {verb(number, 'it is', 'they are')} "
+        f"{names} {verb(number, 'is', 'are')} complete, written by {_writers(statuses)}; a resume "
+        f"takes {verb(number, 'it as it is', 'them as they are')}; "
+        f"{verb(number, 'it is', 'they are')} "
         f"{reason}, so that ckpt doctor --adopt, prune and slim leave "
         f"{verb(number, 'it', 'them')} alone"
     )

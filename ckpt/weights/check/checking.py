@@ -119,8 +119,12 @@ def _by_transformers(product: Product, audience: Audience, request: Request) -> 
         return replace(verdict, notes=(note, *verdict.notes))
 
     verdict = verdicts.partial(reader, fit, missing, loss, audience, "")
-    line = f"loads as {reader} of {form.name}: {fit.present:,} of {fit.required:,} names and shapes"
+    if fit.missing and not missing:  # a part of the model was asked for
+        return verdict
 
+    in_part = " in part" if missing else ""
+    count = f"{fit.present:,} of {fit.required:,} names and shapes"
+    line = f"loads as {reader} of {form.name}{in_part}: {count}"
     return replace(verdict, line=line)
 
 

@@ -26,11 +26,10 @@ _NEW = 0.35  # that a newer transformers may have renamed
 def loads(match: Match, names: list[str], audience: Audience) -> LoadVerdict:
     """The verdict on names that fit, with which of the two forms of names they are."""
     reader, fit = match.reader, match.fit
-    line = f"loads as {reader.name}: {fit.present:,} of {fit.required:,} names"
     if fit.missing:
-        line += "; the others are not written"
-        return LoadVerdict(line, reader=reader.name, loads=False, missing=tuple(fit.missing))
+        return left_out(reader.name, fit)
 
+    line = f"loads as {reader.name}: {fit.present:,} of {fit.required:,} names"
     if fit.is_renamed:
         line += (
             "; from_pretrained renames these as it reads them; save_pretrained, vLLM and "
@@ -48,6 +47,20 @@ def loads(match: Match, names: list[str], audience: Audience) -> LoadVerdict:
         )
 
     return LoadVerdict(line, reader=reader.name, loads=True, has_kinds=fit.has_kinds)
+
+
+def left_out(reader: str, fit: Fit) -> LoadVerdict:
+    """The verdict on a part of a model, where somebody asked for no more: alone it does
+    not load."""
+    return LoadVerdict(
+        f"does not load alone: {fit.present:,} of {fit.required:,} names of {reader}; "
+        f"from_pretrained would initialize {some(fit.missing)} at random; load these weights into "
+        "a model that has the others: model.load_state_dict(..., strict=False)",
+        reader=reader,
+        loads=False,
+        missing=tuple(fit.missing),
+        unexpected=tuple(fit.unexpected),
+    )
 
 
 def loads_as_other(
@@ -112,7 +125,11 @@ def partial(
 
         raise refusals.unloadable(reader, fit, missing, loss, audience, remedy)
 
-    line = f"loads as {reader}: {fit.present:,} of {fit.required:,} names"
+    if fit.missing and not missing:
+        return left_out(reader, fit)
+
+    in_part = " in part" if missing else ""
+    line = f"loads as {reader}{in_part}: {fit.present:,} of {fit.required:,} names"
     if loss.names:
         number = len(fit.unexpected)
         line += f"; {counted(number, 'tensor')} {verb(number, 'is', 'are')} not read"

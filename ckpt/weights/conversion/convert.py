@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from ckpt.folders import locks, staging
 from ckpt.folders.filenames import CONVERSION, LOGBOOK
 from ckpt.runs import engines
+from ckpt.runs.foreign import step_records
 from ckpt.runs.recognition import is_numbered
 from ckpt.weights.arguments import dtype_name, naming_arguments, require_choice, shard_bytes
 from ckpt.weights.check import checking
@@ -62,10 +63,11 @@ def plan(
     """Plans the conversion of ``checkpoint`` and reads no tensor.
 
     ``dtype`` is a key of ``DTYPES``, or torch's type or its name; ``max_shard_size`` is
-    in bytes, or "5GB". ``output`` defaults to CHECKPOINT-DTYPE. The format "lightning"
-    writes one file: model.ckpt in this folder, or ``output`` itself if it ends in .ckpt,
-    .pt or .pth. ``CheckpointError`` for a checkpoint that is damaged or not supported,
-    and for an output that its reader would not load.
+    in bytes, or "5GB". ``output`` defaults to CHECKPOINT-DTYPE, that of 16-bit weights to
+    CHECKPOINT-16bit. The format "lightning" writes one file: model.ckpt in this folder,
+    or ``output`` itself if it ends in .ckpt, .pt or .pth. ``CheckpointError`` for a
+    checkpoint that is damaged or not supported, and for an output that its reader would
+    not load.
     """
     dtype = dtype_name(dtype)
     request = replace(request or Request(), dtype=dtype, drops_ties=tied == "drop")
@@ -87,7 +89,8 @@ def plan(
     else:
         decided = _folder(source, request, tied, format, shard_bytes(max_shard_size, "refused"))
 
-    target = _place(_beside(place, source), output_folder, dtype)
+    suffix = "16bit" if request.weights == "16bit" and dtype == "fp32" else dtype
+    target = _place(_beside(place, source), output_folder, suffix)
     return _conversion(place, source, decided, target, request, format)
 
 
@@ -183,6 +186,7 @@ def _notes(source: Source, product: Product, verdict: LoadVerdict) -> Iterator[s
     for note in source.notes:
         if product.kind not in ("adapter", "merged") or note != EXCLUDED:
             yield note
+    yield from step_records.contradictions(source)
 
     yield from (*product.notes, *product.surroundings.notes, *verdict.notes)
     if product.kind in ("model", "merged"):
@@ -204,9 +208,9 @@ def _beside(path: Path, source: Source) -> Path:
     return root if is_tag_itself and is_numbered(root) else path
 
 
-def _place(checkpoint: Path, output: Path | None, dtype: str) -> Path:
+def _place(checkpoint: Path, output: Path | None, suffix: str) -> Path:
     source = absolute(checkpoint)
-    place = output or default_output(source, f"{source.name}-{dtype}")
+    place = output or default_output(source, f"{source.name}-{suffix}")
     # Of "." or "/" only the whole path has a name, or none has.
     return place if place.name not in ("", "..") else absolute(place)
 

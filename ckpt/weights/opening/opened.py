@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ckpt import text
 from ckpt.folders import locks
+from ckpt.runs.foreign import step_records
 from ckpt.runs.states import newest
 from ckpt.weights import arguments
 from ckpt.weights.opening import unusual, wished_names
@@ -103,6 +104,8 @@ def open(
 
     for note in wished.notes:
         log.info("%s: %s", path, note)
+    for contradiction in step_records.contradictions(source):
+        log.warning("%s", contradiction)
     config_path = None if adapter_config is None else Path(adapter_config)
     checkpoint = source if source.topology else None
     values = {} if checkpoint is not None else plain_values.of(source.entries)

@@ -135,8 +135,8 @@ def _best_of_trainer(run: Run) -> CheckpointStatus | None:
     for checkpoint in present:
         if not (checkpoint.folder / TRAINER_STATE).is_file():
             continue
-        named = histories.trainer_state(checkpoint.folder).get("best_model_checkpoint")
-        name = Path(named).name if isinstance(named, str) else None
+        path_text = histories.trainer_state(checkpoint.folder).get("best_model_checkpoint")
+        name = Path(path_text).name if isinstance(path_text, str) else None
         best = next((entry for entry in present if entry.name == name), None)
         status = status_of(best) if best is not None else None
         return status if status is not None and status.whole else None

@@ -121,11 +121,7 @@ def _by_transformers(product: Product, audience: Audience, request: Request) -> 
     verdict = verdicts.partial(reader, fit, missing, loss, audience, "")
     if fit.missing and not missing:  # a part of the model was asked for
         return verdict
-
-    in_part = " in part" if missing else ""
-    count = f"{fit.present:,} of {fit.required:,} names and shapes"
-    line = f"loads as {reader} of {form.name}{in_part}: {count}"
-    return replace(verdict, line=line)
+    return replace(verdict, line=verdicts.asked_line(reader, form.name, fit, missing))
 
 
 def require_elements(weights: Weights, what: str) -> None:

@@ -49,6 +49,13 @@ def loads(match: Match, names: list[str], audience: Audience) -> LoadVerdict:
     return LoadVerdict(line, reader=reader.name, loads=True, has_kinds=fit.has_kinds)
 
 
+def asked_line(reader: str, release: str, fit: Fit, missing: list[str]) -> str:
+    """The verdict in a line, where the installed transformers was asked."""
+    in_part = " in part" if missing else ""
+    count = f"{fit.present:,} of {fit.required:,} names and shapes"
+    return f"loads as {reader} of {release}{in_part}: {count}"
+
+
 def left_out(reader: str, fit: Fit) -> LoadVerdict:
     """The verdict on a part of a model, where somebody asked for no more: alone it does
     not load."""

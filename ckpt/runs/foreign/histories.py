@@ -12,15 +12,17 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt.runs.foreign import intact_files
-from ckpt.runs.foreign.proofs import History
 from converters.accessors import is_whole_number
 from converters.detect.filenames import TRAINER_STATE
 from converters.errors import CheckpointError
 from converters.storage import open_files
 from converters.storage.store import File
+
+if TYPE_CHECKING:
+    from ckpt.runs.foreign.proofs import History
 
 Entry = Mapping[str, Any]
 _STEP_NBYTES = 64  # of memory

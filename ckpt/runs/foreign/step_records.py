@@ -30,7 +30,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ckpt.runs.foreign import copied_files, histories, intact_files
+from ckpt.runs.foreign import histories, intact_files
 from ckpt.runs.recognition import is_numbered, step_in
 from converters.accessors import is_number, is_whole_number
 from converters.detect import detect, filenames
@@ -176,6 +176,8 @@ def require_own_weights(folder: Path, step: int) -> None:
     the weights, so that this is seen only where the checkpoint of the other step lies
     beside it.
     """
+    from ckpt.runs.foreign import copied_files  # which a conversion has no use for
+
     copy = copied_files.weights_of_another(folder)
     if copy is None:
         return
@@ -192,6 +194,8 @@ def require_own_weights(folder: Path, step: int) -> None:
 def _copied_state(folder: Path, step: int, records: Sequence[StepRecord]) -> str | None:
     """That ``trainer_state.json`` is a copy of that of another checkpoint, whose files
     are of ``step``, as those of ``records`` are not; ``None`` where there is none."""
+    from ckpt.runs.foreign import copied_files  # which a conversion has no use for
+
     for path in copied_files.twins(folder / filenames.TRAINER_STATE):
         sibling = path.parent
         try:

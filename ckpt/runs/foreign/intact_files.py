@@ -232,10 +232,10 @@ def doubt_about_ranks(folder: Path, random_ranks: int, rank_count: int = 0) -> s
     name = f"random_states_{random_ranks}.pkl"
     if random_ranks < rank_count:
         return f"has no {name}, and its states are of {counted(rank_count, 'rank')}"
-    other = next((path.name for path in folder.parent.iterdir() if (path / name).is_file()), None)
-    if other is None:
+    sibling = next((path.name for path in folder.parent.iterdir() if (path / name).is_file()), None)
+    if sibling is None:
         return None
-    return f"has no {name}, which {other} has: it is lost, unless fewer ranks saved this one"
+    return f"has no {name}, which {sibling} has: it is lost, unless fewer ranks saved this one"
 
 
 def _example(name_pattern: str, rank: int) -> str:

@@ -49,7 +49,7 @@ def verify(path: Path, data: bool, percent: float | None, seed: int | None, as_j
     from ckpt.runs.states import verification
 
     depth = _depth(data, percent, seed)
-    statuses = statuses_at(path)
+    statuses = statuses_at(path, takes_weights=True)
     with planned.progress(len(statuses), path.name, "checkpoint") as advance:
         plans = verification.plans(statuses, depth, advance)
     nbytes = sum(plan.nbytes for plan in plans)
@@ -123,12 +123,15 @@ def _verify_lines(verdict: Verdict) -> list[str]:
     return [head, *(f"  {line}" for line in (*verdict.problems, *verdict.proven))]
 
 
-def statuses_at(path: Path) -> list[CheckpointStatus]:
-    """The checkpoints at a path with their states, the newest last, under a bar."""
+def statuses_at(path: Path, takes_weights: bool = False) -> list[CheckpointStatus]:
+    """The checkpoints at a path with their states, the newest last, under a bar.
+
+    With ``takes_weights`` also what ``ckpt to-fp32`` wrote.
+    """
     from ckpt.runs.conversions import conversion_in
     from ckpt.runs.states import listing, status
 
-    is_converted = path.is_dir() and conversion_in(path) is not None  # what to-fp32 wrote
+    is_converted = takes_weights and path.is_dir() and conversion_in(path) is not None
     checkpoints = [listing.candidate(path)] if is_converted else listing.checkpoints_at(path)
     with planned.progress(len(checkpoints), path.name, "checkpoint") as advance:
         statuses = status.statuses_of(checkpoints, progress=advance, keeps_unread=True)

@@ -220,17 +220,17 @@ def _by_reader(
     statuses: Sequence[CheckpointStatus], run: Path
 ) -> tuple[list[CheckpointStatus], dict[str, list[str]]]:
     """Those that a resume of the run takes, and the names of others by the reason."""
-    taken = [status for status in statuses if status.is_tag or status.is_save_dir]
-    others = [status for status in statuses if status not in taken]
+    candidates = [status for status in statuses if status.is_tag or status.is_save_dir]
+    others = [status for status in statuses if status not in candidates]
     present = listing.checkpoints_in(run, keeps_unread=True) if others else []
     names_by_reason: dict[str, list[str]] = {}
     for status in others:
         reason = skipped.other_trainer(status.checkpoint, status.writer, present)
         if reason is None:
-            taken.append(status)
+            candidates.append(status)
         else:
             names_by_reason.setdefault(reason, []).append(status.checkpoint.name)
-    return taken, names_by_reason
+    return candidates, names_by_reason
 
 
 def _uncommitted_line(statuses: Sequence[CheckpointStatus], reason: str) -> str:

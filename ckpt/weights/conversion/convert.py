@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from ckpt.folders import locks, staging
 from ckpt.folders.filenames import CONVERSION, LOGBOOK
 from ckpt.runs import engines
-from ckpt.runs.foreign import step_records
 from ckpt.runs.recognition import is_numbered
 from ckpt.weights.arguments import dtype_name, naming_arguments, require_choice, shard_bytes
 from ckpt.weights.check import checking
-from ckpt.weights.companions import absent_tokenizer
+from ckpt.weights.companions import absent_tokenizer, json_files
 from ckpt.weights.conversion import description, output_place, planning, sources, weight_files
 from ckpt.weights.conversion.record import ConversionRecord
 from ckpt.weights.conversion.task import Conversion, Format
@@ -24,6 +23,7 @@ from ckpt.weights.output.product import Product
 from ckpt.weights.reader.verdict import LoadVerdict
 from ckpt.weights.request import DTYPES, Request
 from converters.detect import detect
+from converters.detect.filenames import TRAINER_STATE
 from converters.errors import CheckpointError
 from converters.execute import shards
 from converters.execute.logbook import Logbook
@@ -186,7 +186,10 @@ def _notes(source: Source, product: Product, verdict: LoadVerdict) -> Iterator[s
     for note in source.notes:
         if product.kind not in ("adapter", "merged") or note != EXCLUDED:
             yield note
-    yield from step_records.contradictions(source)
+    if _is_of_other_step(source):
+        from ckpt.runs.foreign import step_records  # which whole checkpoints need not
+
+        yield from step_records.contradictions(source)
 
     yield from (*product.notes, *product.surroundings.notes, *verdict.notes)
     if product.kind in ("model", "merged"):
@@ -198,6 +201,18 @@ def _notes(source: Source, product: Product, verdict: LoadVerdict) -> Iterator[s
             f"this is the engine {root.name}; {root.parent} has {', '.join(others)} as "
             "well, each converted by its folder"
         )
+
+
+def _is_of_other_step(source: Source) -> bool:
+    """Whether the Trainer's state says another step than the weights."""
+    path = source.place.root / TRAINER_STATE
+    if source.step is None or is_url(path) or not stores.is_file(path):
+        return False
+    try:
+        state = json_files.read(path, "a state of the Trainer", infinite=True)
+    except CheckpointError:  # cut short: it says nothing of the weights
+        return False
+    return isinstance(state, dict) and state.get("global_step") != source.step
 
 
 def _beside(path: Path, source: Source) -> Path:

@@ -395,7 +395,7 @@ def test_a_small_part_that_the_checkpoint_lacks_is_a_note(tmp_path: Path) -> Non
     convert(source, tmp_path / "m")
     facts = record(tmp_path / "m")
     assert facts["loads"] is False
-    assert facts["verdict"] == "loads as LlamaForCausalLM: 20 of 21 names"
+    assert facts["verdict"] == "loads as LlamaForCausalLM in part: 20 of 21 names"
     assert any(
         "would initialize model.layers.1.mlp.down_proj.weight" in note for note in facts["notes"]
     )
@@ -631,7 +631,7 @@ def test_the_verdict_counts_the_names_that_are_written(tmp_path: Path) -> None:
     model = transformers.LlamaForCausalLM(config(tie_word_embeddings=False))
     model.lm_head.weight = model.model.embed_tokens.weight
     said = checked(tmp_path, model, "--tied", "drop")
-    assert said.startswith("False | loads as LlamaForCausalLM: 20 of 21 names")
+    assert said.startswith("False | loads as LlamaForCausalLM in part: 20 of 21 names")
     assert "would initialize lm_head.weight" in said
 
 
@@ -853,7 +853,10 @@ def verdict_without(names: Iterable[str]) -> Any:
 def test_names_without_values_are_none_of_the_output() -> None:
     verdict = verdict_without(["model.norm.weight", "extra"])
     assert verdict.loads is False and verdict.missing == ("model.norm.weight",)
-    assert verdict.line == "loads as LlamaForCausalLM: 20 of 21 names" and not verdict.unexpected
+    assert (
+        verdict.line == "loads as LlamaForCausalLM in part: 20 of 21 names"
+        and not verdict.unexpected
+    )
     assert any("(kept elsewhere)" in note for note in verdict.notes)
     with pytest.raises(CheckpointError, match=r"20 of its 21 names are missing.*kept elsewhere"):
         verdict_without([name for name in parameters(llama()) if name != "model.norm.weight"])

@@ -62,6 +62,7 @@ def plan(
 def _optimizer_files(
     checkpoint: ExpertsCheckpoint, ranks: ExpertRanks, topology: TargetTopology
 ) -> Iterator[Shard]:
+    files = file_plan.AlikeFiles()
     for rank, group_keys in enumerate(expert_trees.trees(checkpoint, ranks, topology)):
         data_rank, lane = divmod(rank, len(ranks.lanes))
         root = merged.optimizer_root(ranks.lanes[lane], data_rank)
@@ -69,7 +70,7 @@ def _optimizer_files(
         optimizer = reshard.optimizer_entries(checkpoint, root, source_state, topology, group_keys)
         tree = _configured(root, topology) | {"optimizer_state_dict": optimizer}
         tree |= folding.of_optimizer(checkpoint, ranks, topology, rank)
-        yield file_plan.shard(reshard.optimizer_name(checkpoint, data_rank, lane), tree)
+        yield files.shard(reshard.optimizer_name(checkpoint, data_rank, lane), tree)
 
 
 def _model_files(
@@ -78,6 +79,7 @@ def _model_files(
     for lane, dense in enumerate(ranks.lanes):
         paths = merged.model_paths(dense)
         trees = model_files.model_trees(dense, paths, dense.groups, topology)
+        files = file_plan.AlikeFiles()
         for data_rank, tree in enumerate(trees):
             root = object_graph.read_root(paths[data_rank % len(paths)])
             rank = data_rank * len(ranks.lanes) + lane
@@ -85,7 +87,7 @@ def _model_files(
             prefix = f"zero_pp_rank_{data_rank}_" if topology.stage == 3 else ""
             name = f"{prefix}mp_rank_{lane:02d}_model_states.pt"
             whole_tree = _configured({**tree, **changes}, topology)
-            yield file_plan.shard(f"{reshard.tag_folder(checkpoint)}/{name}", whole_tree)
+            yield files.shard(f"{reshard.tag_folder(checkpoint)}/{name}", whole_tree)
 
 
 def _model_changes(

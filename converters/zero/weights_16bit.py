@@ -97,6 +97,8 @@ def _from_gathered(place: Place, files: discovery.Files) -> Checkpoint:
             "incomplete",
         )
 
+    model = state_files.read(next(iter(files.partitioned.values())))
+    _require_whole(place, model)
     gathered_weights = gathered_16bit.read(place.root)
     if gathered_weights is None:
         raise CheckpointError(
@@ -107,8 +109,6 @@ def _from_gathered(place: Place, files: discovery.Files) -> Checkpoint:
             "incomplete",
         )
 
-    model = state_files.read(next(iter(files.partitioned.values())))
-    _require_whole(place, model)
     weights, name = gathered_weights
     source_note = f"the 16-bit weights are those of {name}; ZeRO-3 keeps none in its own files"
 

@@ -29,7 +29,6 @@ from converters.source import Source
 from converters.zero.files import discovery as folders
 from converters.zero.files import state_files
 from converters.zero.files.state_files import State
-from converters.zero.model_ranks import one_save
 
 _PARTITION = LazyPattern(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _MODEL = LazyPattern(r"mp_rank_(\d+)_model_states\.pt")
@@ -130,6 +129,8 @@ def _refuse_further_ranks(
     count = _count(model, "mp_world_size")
     if not count or max(by_rank, default=0) < count:
         return
+
+    from converters.zero.model_ranks import one_save  # which most checkpoints need not
 
     models: dict[int, State] = {}
     for path in state_paths:

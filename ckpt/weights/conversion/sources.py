@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def _computed(checkpoint: Path, tag: str | None, request: Request, is_parallel: 
     from converters.zero import weights_16bit
 
     if not is_parallel:
-        return weights_16bit.read(checkpoint, tag)
+        with contextlib.suppress(zero.ExpertsError):  # AutoEP under stage 3 has names of ZeRO-3
+            return weights_16bit.read(checkpoint, tag)
 
     from converters.zero.model_ranks import computed_weights
     from converters.zero.parallel import rules

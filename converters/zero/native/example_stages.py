@@ -146,8 +146,9 @@ def _tied_layers(source: PipelineCheckpoint) -> dict[str, set[int]]:
         own_layers |= {home.layer for home in source.homes if home.stage == number}
         last = max(own_layers, default=previous_last + 1)
 
-        for key in {tied_modules.key_of(name) for name in names} & layers.keys():
-            if not any(previous_last < layer <= last for layer in layers[key]):
+        keys = {tied_modules.key_of(name) for name in names}
+        for key in layers:
+            if key in keys and not any(previous_last < layer <= last for layer in layers[key]):
                 layers[key].add(last)
         previous_last = last
     return layers

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt.deprecation import renamed
-from ckpt.rewrite import job, targets
+from ckpt.rewrite import heads, job, targets
 from ckpt.rewrite.job import ARGUMENTS, SAME_IN_ENGINE, Rewriting
 from ckpt.rewrite.job import execute as execute
 from ckpt.rewrite.targets import Settings
@@ -82,6 +82,7 @@ def plan(
             stage, sub_group_size, zero_init, tp, ep, None if pp is None else str(pp)
         )
         target, tensor_ranks = targets.target_of(source, world_size, settings)
+    heads.require_shared(source, target.tensor_ranks)
     _require_change(source, target)
 
     home = job.home_of(source)
@@ -203,6 +204,12 @@ def _notes_on_ranks(source: zero.Checkpoint, target: TargetTopology) -> Iterator
         yield (
             f"made for {target.tensor_ranks} tensor-parallel ranks that cut parameters evenly; an "
             "engine that cuts heads otherwise refuses the shapes"
+        )
+
+    if target.stages:
+        yield (
+            f"made for the stages {','.join(map(str, target.stages))}; the engine must part its "
+            "layers so (DeepSpeed prints them when it starts)"
         )
 
     if isinstance(source, ExpertsCheckpoint):

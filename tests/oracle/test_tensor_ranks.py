@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,20 @@ RULES = {
 def made(source: Path, output: Path, world: int, stage: int, **options: Any) -> Path:
     reshard.execute(reshard.plan(source, world, stage=stage, output=output, **options))
     return output
+
+
+@pytest.mark.parametrize("config", [{"num_key_value_heads": 2}, {"num_attention_heads": 6}])
+def test_heads_that_ranks_cannot_share_are_not_cut_apart(
+    config: dict[str, int], tmp_path: Path
+) -> None:
+    """AutoTP gives each rank whole heads, so that its engine would not load even cuts."""
+    source = tmp_path / "checkpoint"
+    shutil.copytree(PARALLEL / FROZEN, source)
+    (source / "config.json").write_text(json.dumps({"text_config": config}))
+    assert reshard.plan(source, 4, tp=2, stage=1).target.tensor_ranks == 2
+    ((key, count),) = config.items()
+    with pytest.raises(CheckpointError, match=f"{key} {count}, which 4 tensor-parallel ranks"):
+        reshard.plan(source, 4, tp=4)
 
 
 def lanes_of(folder: Path) -> dict[Any, Any]:

@@ -40,8 +40,8 @@ def require_shared(checkpoint: Checkpoint, rank_count: int) -> None:
         raise CheckpointError(
             f"{checkpoint.place.folder}: config.json says {key} {count}, which {rank_count} "
             "tensor-parallel ranks cannot share equally: an engine of AutoTP cuts between heads, "
-            f"and does not load what is cut evenly; name a {TP} that divides {count}, or use "
-            'ckpt.resume(..., reshard="auto"), which cuts as the engine does',
+            f"and does not load what is cut evenly; name another {TP}, which divides {count}, or "
+            'use ckpt.resume(..., reshard="auto"), which cuts as the engine does',
             "unsupported",
         )
 

@@ -63,7 +63,12 @@ def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
             "refused",
         )
 
-    half = _computed(checkpoint, tag, request, detected.kind.name in PARALLEL)
+    try:
+        half = _computed(checkpoint, tag, request, detected.kind.name in PARALLEL)
+    except CheckpointError as error:
+        if part := _part_of_nodes(checkpoint):
+            raise CheckpointError(f"{error}; {part}", error.kind) from error
+        raise
     if not request.merge:
         return half
     return replace(half, weights=replace(half.weights, copies={}))

@@ -126,7 +126,7 @@ def with_options(
     "--pp",
     metavar="STAGES",
     help="For a pipeline: the layers of each stage, and the tied modules in it, as in "
-    "0-2+embed,3-+embed. Default: none, for a plain module.",
+    "0-2+embed,3-+embed, or 1 for one stage. Default: none, for a plain module.",
 )
 @TAG
 @with_options(SHARED)

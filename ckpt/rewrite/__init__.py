@@ -11,6 +11,7 @@ result            what was done, as a value
 reshard_command   the command line that a message names
 reshard           other ranks or another stage
 targets           which topology a user means, and its files
+heads             whether tensor-parallel ranks can share those of a model
 universal         the universal format and back
 universal_limits  what DeepSpeed does not restore from it
 """

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt.deprecation import renamed
-from ckpt.rewrite import job, targets
+from ckpt.rewrite import heads, job, targets
 from ckpt.rewrite.job import ARGUMENTS, SAME_IN_ENGINE, Rewriting
 from ckpt.rewrite.job import execute as execute
 from ckpt.rewrite.targets import Settings
@@ -51,7 +51,7 @@ def plan(
     zero_init: bool | None = None,
     tp: int | None = None,
     ep: int | None = None,
-    pp: str | None = None,
+    pp: str | int | None = None,
     tp_rules: str | os.PathLike[str] | None = None,
 ) -> Rewriting:
     """Plans the same checkpoint for ``world_size`` ranks and a stage;
@@ -62,7 +62,7 @@ def plan(
     a file that says how parameters are cut for them, where the checkpoint does not.
     ``ep`` are the ranks that the experts of each layer are dealt out to; by default as
     many as saved. ``pp`` are the layers and the tied modules of each pipeline stage that a
-    pipeline is written for, as text: "0-2+embed,3-+embed".
+    pipeline is written for, as text: "0-2+embed,3-+embed"; 1 is one stage with all of them.
 
     Reads pickles, and what ranks share of Muon's momentum. ``sub_group_size``
     (elements, stage 3) defaults to the run's own. ``zero_init``: whether the engine's
@@ -78,8 +78,11 @@ def plan(
         if world_size is None:
             world_size = merged.original(source).world_size
             require_arguments(world_size, stage, sub_group_size, tp, ep)
-        settings = Settings(stage, sub_group_size, zero_init, tp, ep, pp)
+        settings = Settings(
+            stage, sub_group_size, zero_init, tp, ep, None if pp is None else str(pp)
+        )
         target, tensor_ranks = targets.target_of(source, world_size, settings)
+    heads.require_shared(source, target.tensor_ranks)
     _require_change(source, target)
 
     home = job.home_of(source)
@@ -201,6 +204,12 @@ def _notes_on_ranks(source: zero.Checkpoint, target: TargetTopology) -> Iterator
         yield (
             f"made for {target.tensor_ranks} tensor-parallel ranks that cut parameters evenly; an "
             "engine that cuts heads otherwise refuses the shapes"
+        )
+
+    if target.stages:
+        yield (
+            f"made for the stages {','.join(map(str, target.stages))}; the engine must part its "
+            "layers so (DeepSpeed prints them when it starts)"
         )
 
     if isinstance(source, ExpertsCheckpoint):

@@ -12,10 +12,18 @@ from converters.zero import checkpoint as zero
 from converters.zero.merging.checkpoint import MergedCheckpoint
 from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.merging.tensor_ranks import TensorRanks
-from converters.zero.native import expert_files, pipeline_files, stage_layers, unpartitioned_files
+from converters.zero.native import (
+    example_stages,
+    expert_files,
+    pipeline_files,
+    stage_layers,
+    unpartitioned_files,
+)
 from converters.zero.native import reshard as native
 from converters.zero.native.expert_ranks import require_foldable
+from converters.zero.native.stage_layers import StageLayers
 from converters.zero.native.target import TargetTopology
+from converters.zero.pipeline.stages import PipelineCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,7 @@ def target_of(
 
     ``CheckpointError`` for what cannot be cut up so.
     """
-    if settings.pp is not None:
+    if settings.pp is not None and not _is_plain(source, settings.pp):
         return _of_stages(source, world_size, settings), None
     degree = settings.tp or 1
     expert_ranks = _expert_ranks(source, settings.ep)
@@ -84,13 +92,14 @@ def degrees_in_name(source: zero.Checkpoint, target: TargetTopology) -> str:
 def _of_stages(source: zero.Checkpoint, world_size: int, settings: Settings) -> TargetTopology:
     """The topology of a pipeline; ``CheckpointError`` for what is not written for its stages."""
     assert settings.pp is not None
-    stages = stage_layers.parse(settings.pp)
     pipeline = pipeline_files.source_of(source)
     assert isinstance(source, MergedCheckpoint)
-    if settings.tp not in (None, 1) or settings.ep is not None or world_size % len(stages):
+    stages = _stages(source, pipeline, settings.pp)
+    if settings.tp not in (None, 1) or settings.ep not in (None, 1) or world_size % len(stages):
         raise CheckpointError(
-            f"{source.place.folder}: {len(stages)} stages among {world_size} ranks are not written "
-            f"so; the stages of {PP} have as many ranks each, and neither {TP} nor {EP}",
+            f"{source.place.folder} is not written for {words.counted(len(stages), 'stage')} among "
+            f"{words.counted(world_size, 'rank')} so; the stages of {PP} have as many ranks "
+            f"each, and neither {TP} nor {EP}",
             "refused",
         )
     stage = settings.stage if settings.stage is not None else max(source.stage, 1)
@@ -100,12 +109,30 @@ def _of_stages(source: zero.Checkpoint, world_size: int, settings: Settings) -> 
     return target
 
 
+def _is_plain(source: zero.Checkpoint, pp: str) -> bool:
+    """Whether one stage is asked for of what is no pipeline: it is that already."""
+    return example_stages.count_in(pp) == 1 and not pipeline_files.is_pipeline(source)
+
+
+def _stages(
+    source: MergedCheckpoint, pipeline: PipelineCheckpoint, pp: str
+) -> tuple[StageLayers, ...]:
+    """The stages that an option says; ``CheckpointError``, with an example, for a number of
+    several."""
+    stage_count = example_stages.count_in(pp)
+    if stage_count is None:
+        return stage_layers.parse(pp)
+    if stage_count > 1:
+        raise example_stages.refusal(source, pipeline, stage_count)
+    return (StageLayers(0, None),)
+
+
 def _expert_ranks(source: zero.Checkpoint, ep: int | None) -> int:
     """The ranks to deal the experts out to;
     ``CheckpointError`` where that cannot be known."""
     folder = source.place.folder
     if not isinstance(source, ExpertsCheckpoint):
-        if ep is not None:
+        if ep not in (None, 1):
             raise CheckpointError(
                 f"{folder} has no experts to deal out; leave out {EP}", "unsupported"
             )

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from ckpt.deprecation import renamed
-from ckpt.rewrite import job, reshard, targets, universal_limits
+from ckpt.rewrite import heads, job, reshard, targets, universal_limits
 from ckpt.rewrite.job import ARGUMENTS, Rewriting
 from ckpt.rewrite.job import execute as execute
 from ckpt.rewrite.targets import Settings
@@ -112,6 +112,7 @@ def plan_from(
         own_stage = universal.stage if stage is None else stage
         settings = Settings(own_stage, sub_group_size, zero_init, tp, ep)
         target, tensor_ranks = targets.target_of(source, world_size, settings)
+    heads.require_shared(source, target.tensor_ranks)
 
     home = job.home_of(source)
     degrees = targets.degrees_in_name(source, target)

@@ -108,7 +108,7 @@ def read_files(
     model_files = _model_files(files, stage)
     refuse_foreign([*model_files, *optimizers.values()])
     if model_rank is None:
-        _require_one_model_rank(place, [*model_files, *optimizers.values()])
+        require_one_model_rank(place, [*model_files, *optimizers.values()])
     if not model_files:
         raise _no_model_file(place, stage, model_rank or 0)
 
@@ -160,9 +160,12 @@ def _model_files(files: discovery.Files, stage: int) -> list[State]:
     return [state_files.read(files.module)] if files.module else []
 
 
-def _require_one_model_rank(place: Place, states: Sequence[State]) -> None:
+def require_one_model_rank(place: Place, states: Sequence[State]) -> None:
     """``CheckpointError`` where files
-    of further model-parallel ranks should be here, too."""
+    of further model-parallel ranks should be here, too.
+
+    Those of one alone have a part of the model, its model file as well.
+    """
     for state in states:
         count = state.root.get("mp_world_size")
         if isinstance(count, int) and count > 1:

@@ -49,9 +49,16 @@ def read(path: Path, tag: str | None = None) -> Checkpoint:
         return _from_module(place, state_files.read(files.module))
 
 
+def _require_whole(place: Place, model: State) -> None:
+    """``CheckpointError`` where one model file is not of the whole model:
+    of experts, of stages and of tensor-parallel ranks."""
+    zero.refuse_foreign([model])
+    zero.require_one_model_rank(place, [model])
+
+
 def _from_module(place: Place, model: State) -> Checkpoint:
     """The weights of the model file."""
-    zero.refuse_foreign([model])
+    _require_whole(place, model)
     state_files.require_kinds([model], [])
     shapes = state_files.shapes(model, "param_shapes")
     parameters = storage_views.complete(model, {}, shapes)
@@ -90,6 +97,8 @@ def _from_gathered(place: Place, files: discovery.Files) -> Checkpoint:
             "incomplete",
         )
 
+    model = state_files.read(next(iter(files.partitioned.values())))
+    _require_whole(place, model)
     gathered_weights = gathered_16bit.read(place.root)
     if gathered_weights is None:
         raise CheckpointError(
@@ -100,8 +109,6 @@ def _from_gathered(place: Place, files: discovery.Files) -> Checkpoint:
             "incomplete",
         )
 
-    model = state_files.read(next(iter(files.partitioned.values())))
-    zero.refuse_foreign([model])
     weights, name = gathered_weights
     source_note = f"the 16-bit weights are those of {name}; ZeRO-3 keeps none in its own files"
 

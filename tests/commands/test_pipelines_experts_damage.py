@@ -255,6 +255,14 @@ def test_experts_on_several_model_ranks_are_refused_without_the_files_of_those_t
     assert "mp_rank_N_model_states.pt for N = 1, expected 2" in str(error)
 
 
+def test_experts_of_ranks_that_a_save_by_more_left_are_called_that(
+    copied: Callable[[str], Path],
+) -> None:
+    folder = copied("moe-zero1-tensor")
+    edit(folder / "mp_rank_00_model_states.pt", lambda root: root.update(mp_world_size=1))
+    assert "those of rank 1 are of another save; move them away" in str(refusal(folder))
+
+
 def test_frozen_experts_that_each_rank_has_its_own_pieces_of_are_refused(
     copied: Callable[[str], Path],
 ) -> None:
@@ -300,6 +308,14 @@ def test_a_layer_that_no_stage_trains_is_named(copied: Callable[[str], Path]) ->
     source = detect.read(folder.parent)
     assert "no stage trains layer 9, whose file is taken for frozen weights" in source.notes
     assert "9.weight" in source.weights.frozen
+
+
+def test_the_files_of_all_layers_are_missed(copied: Callable[[str], Path]) -> None:
+    folder = copied("pipeline-zero1")
+    for path in folder.glob("layer_*"):
+        path.unlink()
+    error = refusal(folder)
+    assert error.kind == "incomplete" and "files of layers (layer_NN-model_states.pt)" in str(error)
 
 
 def test_the_files_of_experts_of_a_pipeline_are_missed(copied: Callable[[str], Path]) -> None:
@@ -411,7 +427,7 @@ def test_what_means_zero_alone_names_what_lies_there(
         assert "ckpt reshard writes it for other ranks" in capsys.readouterr().err
     if name == "autoep-zero3":
         run("to-fp32", SPLIT / name, "-o", output, "--weights", "16bit", code=1)
-        assert "of ZeRO-3, whose files hold no 16-bit weights" in capsys.readouterr().err
+        assert "no 16-bit weights, as it is of ZeRO-3; convert" in capsys.readouterr().err
     assert not output.exists()
 
 

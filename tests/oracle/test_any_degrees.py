@@ -146,6 +146,9 @@ def test_a_pipeline_is_written_for_other_stages_and_back(
         (PIPELINE, "0-2+embed,4-", None, "begins after the last layer of the one before"),
         (PIPELINE, "0-2+embed 3-", None, "is no stage"),
         (PIPELINE, "0-4+embed,5-+head", None, "no tied module is called head"),
+        (PIPELINE, "4", None, "and the tied modules, as in 0-2"),
+        (PIPELINE, "9", None, "more than the 4 layers that have parameters"),
+        (FIXTURES / "zero1-bf16-w2", "2", None, "is of no pipeline"),
         (PIPELINE, "0-4+embed,5-", None, "trains nothing of param group 0"),
         (PIPELINE, "0-1+embed,2-3,4-+embed", 2, "under ZeRO 1 alone"),
         (FIXTURES / "zero1-bf16-w2", "0-", None, "is of no pipeline"),
@@ -162,6 +165,28 @@ def test_stages_that_are_not_written_are_refused(
 def test_ranks_that_the_stages_do_not_share_are_refused() -> None:
     with pytest.raises(CheckpointError, match="2 stages among 3 ranks"):
         reshard.plan(PIPELINE, 3, pp="0-2+embed,3-+embed")
+
+
+@pytest.mark.parametrize(
+    ("stage_count", "stages"), [(2, "0-2+embed,3-+embed"), (3, "0-2+embed,3-3,4-+embed")]
+)
+def test_a_number_of_stages_is_answered_with_their_layers(stage_count: int, stages: str) -> None:
+    with pytest.raises(CheckpointError, match="does not say which layers") as error:
+        reshard.plan(PIPELINE, 6, pp=stage_count)
+    example = str(error.value).rpartition("pp=")[2].strip('"')
+    assert example == stages
+    plan = reshard.plan(PIPELINE, 6, pp=example)
+    assert ",".join(map(str, plan.target.stages)) == stages
+
+
+def test_one_stage_is_all_layers_of_a_pipeline_and_nothing_else() -> None:
+    assert [str(stage) for stage in reshard.plan(PIPELINE, 2, pp=1).target.stages] == ["0-+embed"]
+    plain = reshard.plan(FIXTURES / "zero1-bf16-w2", 3, pp=1, ep=1, tp=1).target
+    assert (plain.world_size, plain.stages) == (3, ())
+    plan = reshard.plan(FOLDED, 16, tp=2, pp=1, ep=4)  # with every degree there is
+    assert (plan.target.tensor_ranks, plan.target.expert_ranks, plan.target.stages) == (2, 4, ())
+    with pytest.raises(CheckpointError, match="no experts to deal out; leave out"):
+        reshard.plan(PARALLEL / FUSED, 16, tp=2, pp=1, ep=4)
 
 
 def test_layers_of_another_stage_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from oracles import FIXTURES, live, run
 from safetensors.torch import load_file
 
 import ckpt
+from ckpt.runs.foreign.parallel import require_parallel
 from ckpt.runs.verify import states
 from ckpt.weights.opening import tensors as opened_tensors
 from converters import detect
@@ -238,6 +239,40 @@ def test_files_that_are_missing_are_named(glob: str, reason: str, tmp_path: Path
     assert raised.value.kind == "incomplete"
 
 
+@pytest.mark.parametrize("name", [FROZEN, FUSED, "tp_z0fp32_w4", MEGATRON])
+def test_16_bit_weights_of_one_rank_are_not_those_of_the_model(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(PARALLEL / name, folder)
+    for path in folder.glob("global_step2/*mp_rank_01_*"):
+        path.unlink()
+
+    for options in ((), ("--weights", "16bit")):
+        run("to-fp32", folder, "-o", tmp_path / "model", *options, code=1)
+        reason = capsys.readouterr().err
+        assert "has files of mp_rank_00 alone; copy those of the other ranks here" in reason
+        assert "16-bit weights" not in reason
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (FEW_HEADS, FROZEN, "a save by 2 model-parallel ranks: those of rank 2, 3"),
+        (FROZEN, "sp2_z1_w4", "a save by 1 model-parallel rank: those of rank 1"),
+    ],
+)
+def test_files_that_a_save_by_more_ranks_left_are_called_that(
+    old: str, new: str, reason: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(PARALLEL / old, folder)
+    shutil.copytree(PARALLEL / new, folder, dirs_exist_ok=True)
+    for read in (detect.read, require_parallel):
+        with pytest.raises(CheckpointError, match=f"{reason} are of another save; move them away"):
+            read(folder)
+
+
 @pytest.mark.parametrize("kind", ["mp_rank_0{}_model", "bf16_zero_pp_rank_0_mp_rank_0{}_optim"])
 def test_files_of_two_ranks_under_each_others_names_are_refused(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
@@ -305,7 +340,10 @@ def test_pipelines_are_refused_by_what_the_model_file_says(tmp_path: Path) -> No
         "mp_rank_0?_model_states.pt",
         lambda root: root.update(checkpoint_parallel_dimensions={"pp_degree": 2, "tp_degree": 1}),
     )
-    with pytest.raises(CheckpointError, match="of 2 pipeline stages with 1 tensor-parallel"):
+    reason = (
+        "pp_degree 2, tp_degree 1, and there are files of 2 model-parallel ranks, but none of a"
+    )
+    with pytest.raises(CheckpointError, match=reason):
         detect.read(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,20 @@ RULES = {
 def made(source: Path, output: Path, world: int, stage: int, **options: Any) -> Path:
     reshard.execute(reshard.plan(source, world, stage=stage, output=output, **options))
     return output
+
+
+@pytest.mark.parametrize("config", [{"num_key_value_heads": 2}, {"num_attention_heads": 6}])
+def test_heads_that_ranks_cannot_share_are_not_cut_apart(
+    config: dict[str, int], tmp_path: Path
+) -> None:
+    """AutoTP gives each rank whole heads, so that its engine would not load even cuts."""
+    source = tmp_path / "checkpoint"
+    shutil.copytree(PARALLEL / FROZEN, source)
+    (source / "config.json").write_text(json.dumps({"text_config": config}))
+    assert reshard.plan(source, 4, tp=2, stage=1).target.tensor_ranks == 2
+    ((key, count),) = config.items()
+    with pytest.raises(CheckpointError, match=f"{key} {count}, which 4 tensor-parallel ranks"):
+        reshard.plan(source, 4, tp=4)
 
 
 def lanes_of(folder: Path) -> dict[Any, Any]:
@@ -147,7 +162,11 @@ def test_the_command_names_the_output_by_the_degree(
         (FIXTURES / "zero2-bf16-w2", {"tp": 2}, r"does not say how parameters are cut for 2 .*'"),
         (FIXTURES / "zero2-bf16-w2", {"tp": 3}, "divides the 4 ranks in all"),
         (PARALLEL / FROZEN, {"tp": 2, "stage": 2}, "for 4 ranks already"),
-        (PARALLEL / MEGATRON, {"tp": 32, "world": 32}, "is not cut for 32 .*not cut evenly"),
+        (
+            PARALLEL / MEGATRON,
+            {"tp": 32, "world": 32},
+            "not cut evenly for 32 ranks; name another tp=",
+        ),
         (PARALLEL / "tp4_fewkv_z1", {"tp": 32, "world": 32}, "is not cut for 32"),
         (FIXTURES / "pipelines-and-experts/pipeline-zero1", {"tp": 2}, "is of a pipeline, whose"),
     ],

@@ -96,6 +96,7 @@ def require_parallel(folder: Path, tag: str | None = None) -> str:
 
     files = _Files.of(state_paths)
     model = _model(state_paths)
+    _refuse_further_ranks(place.folder, state_paths, files, model)
     _require_ranks(place.folder, files, model)
     _require_layers(place.folder, files, model)
     if model is not None and model.root.get("module", {}) is None:  # which a pipeline leaves out
@@ -117,6 +118,26 @@ def _model(state_paths: Iterable[Path]) -> State | None:
                 raise
 
     return None
+
+
+def _refuse_further_ranks(
+    folder: Path, state_paths: Iterable[Path], files: _Files, model: State | None
+) -> None:
+    """``CheckpointError`` where model files of higher ranks
+    were left behind by a save of more ranks."""
+    by_rank = files.model_ranks or set(files.partitioned_models)
+    count = _count(model, "mp_world_size")
+    if not count or max(by_rank, default=0) < count:
+        return
+
+    from converters.zero.model_ranks import one_save  # which most checkpoints need not
+
+    models: dict[int, State] = {}
+    for path in state_paths:
+        match = _MODEL.fullmatch(path.name) or _PARTITIONED_MODEL.fullmatch(path.name)
+        if match and int(match[match.lastindex or 0]) not in models:
+            models[int(match[match.lastindex or 0])] = state_files.read(path)
+    one_save.require_no_further_ranks(folder, models)
 
 
 def _require_ranks(folder: Path, files: _Files, model: State | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +63,12 @@ def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
             "refused",
         )
 
-    half = _computed(checkpoint, tag, request, detected.kind.name in PARALLEL)
+    try:
+        half = _computed(checkpoint, tag, request, detected.kind.name in PARALLEL)
+    except CheckpointError as error:
+        if part := _part_of_nodes(checkpoint):
+            raise CheckpointError(f"{error}; {part}", error.kind) from error
+        raise
     if not request.merge:
         return half
     return replace(half, weights=replace(half.weights, copies={}))
@@ -73,7 +79,8 @@ def _computed(checkpoint: Path, tag: str | None, request: Request, is_parallel: 
     from converters.zero import weights_16bit
 
     if not is_parallel:
-        return weights_16bit.read(checkpoint, tag)
+        with contextlib.suppress(zero.ExpertsError):  # AutoEP under stage 3 has names of ZeRO-3
+            return weights_16bit.read(checkpoint, tag)
 
     from converters.zero.model_ranks import computed_weights
     from converters.zero.parallel import rules

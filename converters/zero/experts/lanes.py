@@ -87,6 +87,8 @@ def _models(place: Place, files: FolderFiles) -> list[list[State]]:
 
     models_by_lane = [[folder_files.read(path) for path in paths] for paths in paths_by_lane]
     models = [model for lane_models in models_by_lane for model in lane_models]
+    first_models = {lane: members[0] for lane, members in enumerate(models_by_lane)}
+    one_save.require_no_further_ranks(place.folder, first_models)
     saved_count = models[0].root.get("mp_world_size")
     if is_whole_number(saved_count) and saved_count > count:
         one_save.require_numbered(place, label, saved_count, range(count))

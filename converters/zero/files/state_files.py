@@ -77,9 +77,10 @@ class State:
         state_dict = self.root.get("module")
         if state_dict is None and "module" in self.root:
             raise CheckpointError(
-                f"{self.path} has no module: it is of a pipeline-parallel run; merging "
-                "stages is not supported yet",
-                "unsupported",
+                f"{self.path} has no module: it is of a pipeline, whose weights lie in files of "
+                "layers (layer_NN-model_states.pt), and none is here; copy them here from the "
+                "save",
+                "incomplete",
             )
 
         if not isinstance(state_dict, dict) or not all(

@@ -183,10 +183,13 @@ def _layout(
     try:
         return degrees.for_ranks(recorded, saved_count, rank_count)
     except MalformedError as error:
+        # rules have to fit the saved shards, too, so that none cuts these otherwise
+        is_uneven = isinstance(error, degrees.UnevenCutError)
+        rules_note = "" if is_uneven else f"{TP_RULES('FILE')} may say how, or "
         raise CheckpointError(
             f"{checkpoint.place.folder}: {name} is not cut for {rank_count} tensor-parallel ranks: "
-            f"{error}; {TP_RULES('FILE')} may say how, and ckpt to-universal makes a folder that "
-            "engines of AutoTP cut themselves",
+            f"{error}; {rules_note}name another {TP}, or make a folder with ckpt to-universal, "
+            "which engines of AutoTP cut themselves",
             "unsupported",
         ) from error
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from converters import words
 from converters.accessors import is_whole_number, missing_numbers
 from converters.errors import CheckpointError
 from converters.source import Place
@@ -41,6 +42,31 @@ def require_numbered(place: Place, label: str, count: int, numbers: Collection[i
         raise CheckpointError(
             f"{place.folder} has {label} for N = {all_ranks.rank_list(surplus_numbers)}, "
             f"expected {count} of them only: they are of another save; move them away"
+        )
+
+
+def require_no_further_ranks(folder: Path, models: Mapping[int, State]) -> None:
+    """Raises where model files of higher ranks were left behind by a save of more ranks.
+
+    ``models`` has a file of each model-parallel rank. Those beyond what the first one
+    says count only if they say another number themselves.
+    """
+    first_rank = min(models)
+    count = models[first_rank].root.get("mp_world_size")
+    if not is_whole_number(count, 1):
+        return
+
+    others = {
+        rank: models[rank].root.get("mp_world_size") for rank in sorted(models) if rank >= count
+    }
+    surplus_ranks = [rank for rank, stated in others.items() if stated != count]
+    if surplus_ranks:
+        stated = state_files.shown(others[surplus_ranks[0]])
+        raise CheckpointError(
+            f"{folder} has files of mp_rank_{surplus_ranks[0]:02d} (mp_world_size {stated}), but "
+            f"{models[first_rank].path.name} is of a save by "
+            f"{words.counted(count, 'model-parallel rank')}: those of rank "
+            f"{all_ranks.rank_list(surplus_ranks)} are of another save; move them away"
         )
 
 

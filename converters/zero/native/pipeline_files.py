@@ -58,16 +58,24 @@ def source_of(checkpoint: Checkpoint) -> PipelineCheckpoint:
     source = merged.original(checkpoint)
     if isinstance(source, PipelineCheckpoint):
         return source
-    kind = "a pipeline of tensor-parallel stages" if _is_split(checkpoint) else "no pipeline"
-    raise CheckpointError(
-        f"{checkpoint.place.folder} is of {kind}, and only one of plain stages is written for "
-        f"other stages; leave out {PP}, or use ckpt to-universal",
-        "unsupported",
-    )
+    reason = f"is of no pipeline, and nothing says what its layers are; leave out {PP}"
+    if is_split(checkpoint):
+        reason = (
+            "is of a pipeline of tensor-parallel stages, and only one of plain stages is written "
+            f"for other stages; leave out {PP} for a plain module, or use ckpt to-universal"
+        )
+    raise CheckpointError(f"{checkpoint.place.folder} {reason}", "unsupported")
 
 
-def _is_split(checkpoint: Checkpoint) -> bool:
+def is_split(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint was merged from tensor-parallel stages."""
     return isinstance(checkpoint, MergedCheckpoint) and bool(checkpoint.layer_nodes)
+
+
+def is_pipeline(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint was merged from stages, plain or tensor-parallel ones."""
+    source = merged.original(checkpoint)
+    return isinstance(source, PipelineCheckpoint) or is_split(checkpoint)
 
 
 def plan(checkpoint: MergedCheckpoint, topology: TargetTopology) -> Plan:

@@ -76,7 +76,7 @@ def _stage(text: str, part: str) -> StageLayers:
 def _unreadable(text: str, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{PP(text)}: {reason}; name the layers of each stage and the tied modules in it, as in "
-        "0-2+embed,3-+embed",
+        "0-2+embed,3-+embed, or the number of stages, for an example",
         "refused",
     )
 
@@ -89,11 +89,10 @@ def for_checkpoint(
     ``CheckpointError`` where they do not have every layer and every tied module, or a
     stage would train nothing of a param group.
     """
-    keys = tuple(dict.fromkeys(home.key for home in source.homes))
     if len(stages) == 1 and not stages[0].tied:
-        stages = (StageLayers(stages[0].first, stages[0].end, keys),)
+        stages = (StageLayers(stages[0].first, stages[0].end, tied_keys(source)),)
 
-    for problem in _problems(checkpoint, source, stages, keys):
+    for problem in problems(checkpoint, source, stages):
         raise CheckpointError(
             f"{checkpoint.place.folder}: {problem}; DeepSpeed prints the layers of each stage when "
             f"the engine starts: name them with {PP}, and the tied modules after a + in each stage "
@@ -103,13 +102,16 @@ def for_checkpoint(
     return tuple(stages)
 
 
-def _problems(
-    checkpoint: MergedCheckpoint,
-    source: PipelineCheckpoint,
-    stages: Sequence[StageLayers],
-    keys: Sequence[str],
+def tied_keys(source: PipelineCheckpoint) -> tuple[str, ...]:
+    """The keys of the tied modules of a pipeline, in their order."""
+    return tuple(dict.fromkeys(home.key for home in source.homes))
+
+
+def problems(
+    checkpoint: MergedCheckpoint, source: PipelineCheckpoint, stages: Sequence[StageLayers]
 ) -> Iterator[str]:
     """What the stages lack."""
+    keys = tied_keys(source)
     for stage in stages:
         unknown_keys = [key for key in stage.tied if key not in keys]
         if unknown_keys:

@@ -15,6 +15,10 @@ from converters.zero.parallel import cuts
 from converters.zero.parallel.cuts import Cut, Shape
 
 
+class UnevenCutError(MalformedError):
+    """Elements that the ranks cannot share equally, however they are cut on their axis."""
+
+
 @dataclass(frozen=True, slots=True)
 class SubParameters:
     """Sub-parameters one after another on an axis, each cut for the ranks.
@@ -77,10 +81,10 @@ def for_ranks(layout: Cut, saved_count: int, rank_count: int) -> Cut:
 
 
 def evenly(shape: Shape, parts: SubParameters, rank_count: int) -> Cut:
-    """Each sub-parameter cut evenly; ``MalformedError`` where that cannot be done."""
+    """Each sub-parameter cut evenly; ``UnevenCutError`` where that cannot be done."""
     for width in parts.widths:
         if width % rank_count:
-            raise MalformedError(
+            raise UnevenCutError(
                 f"{width} elements of axis {parts.axis} of {words.shape(shape)} are not cut evenly "
                 f"for {rank_count} ranks"
             )

@@ -9,8 +9,9 @@ files are those of a training without tensor parallelism, and are read as such.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from converters import words
 from converters.accessors import is_whole_number, missing_numbers
 from converters.detect.deepspeed import LOAD_THERE
 from converters.errors import CheckpointError
@@ -22,6 +23,8 @@ from converters.zero.files import all_ranks, discovery, state_files
 from converters.zero.files.state_files import State
 from converters.zero.model_ranks import one_save
 
+_KEY = "checkpoint_parallel_dimensions"
+
 
 def read(place: Place, require_all: bool) -> tuple[Checkpoint, ...]:
     """The lanes of a checkpoint, by model-parallel rank.
@@ -31,6 +34,7 @@ def read(place: Place, require_all: bool) -> tuple[Checkpoint, ...]:
     """
     files_by_rank = discovery.lanes(place)
     _require_numbered(place, sorted(files_by_rank), max(files_by_rank) + 1)
+    one_save.require_no_further_ranks(place.folder, _first_models(files_by_rank))
     lanes = [
         zero.read_files(place, files_by_rank[rank], require_all, rank)
         for rank in sorted(files_by_rank)
@@ -44,6 +48,15 @@ def read(place: Place, require_all: bool) -> tuple[Checkpoint, ...]:
         _require_same_save(lanes[0], lane)
 
     return tuple(lanes)
+
+
+def _first_models(files_by_rank: Mapping[int, discovery.Files]) -> dict[int, State]:
+    """A model file of each rank that has one."""
+    paths_by_rank = {
+        rank: files.module or next(iter(files.partitioned.values()), None)
+        for rank, files in files_by_rank.items()
+    }
+    return {rank: state_files.read(path) for rank, path in paths_by_rank.items() if path}
 
 
 def _require_numbered(place: Place, ranks: Sequence[int], count: int) -> None:
@@ -63,16 +76,18 @@ def _refuse_pipeline(model: State, count: int) -> None:
 
     Source: DeepSpeed 0.19.5 ``runtime/engine.py`` (``_checkpoint_parallel_metadata``).
     """
-    degrees = model.root.get("checkpoint_parallel_dimensions")
+    degrees = model.root.get(_KEY)
     if not isinstance(degrees, dict):
         return
 
     stages, tensor_parallel = degrees.get("pp_degree"), degrees.get("tp_degree")
     if stages != 1 or tensor_parallel != count:
         raise CheckpointError(
-            f"{model.path} is of {state_files.shown(stages)} pipeline stages with "
-            f"{state_files.shown(tensor_parallel)} tensor-parallel ranks each, {count} "
-            f"model-parallel ranks in all; merging that is not supported yet: {LOAD_THERE}",
+            f"{model.path} says {_KEY}: pp_degree {state_files.shown(stages)}, tp_degree "
+            f"{state_files.shown(tensor_parallel)}, and there are files of "
+            f"{words.counted(count, 'model-parallel rank')}, but none of a pipeline's layers "
+            "(layer_NN-model_states.pt); which rank has which part cannot be told: "
+            f"{LOAD_THERE}",
             "unsupported",
         )
 

@@ -15,6 +15,7 @@ from ckpt.weights import absences, quantized_facts
 from ckpt.weights.companions import surroundings
 from ckpt.weights.naming import packed
 from ckpt.weights.request import Request
+from converters.detect.deepspeed import PARALLEL
 from converters.detect.kinds import BY_NAME
 from converters.lazy_pattern import LazyPattern
 from converters.source import EXCLUDED, Source
@@ -76,7 +77,23 @@ def show(
         notes=(*source.notes, *_absences_beside(source.place.folder)),
         state=None if status is None else status.state.value,
         reason=None if status is None else _reason(status.description, status.checkpoint),
+        **_degrees(source),
     )
+
+
+def _degrees(source: Source) -> dict[str, Any]:
+    """How the files of an engine are split up beside ZeRO, as ``ShowResult`` has it."""
+    if source.kind not in PARALLEL:
+        return dict.fromkeys(("tensor_ranks", "pipeline_stages", "expert_ranks"))
+
+    from converters.zero.merging import saved_degrees
+
+    degrees = saved_degrees.of_place(source.place)
+    return {
+        "tensor_ranks": degrees.tensor_ranks,
+        "pipeline_stages": degrees.stages,
+        "expert_ranks": degrees.expert_ranks,
+    }
 
 
 def _absences_beside(folder: Path) -> Iterator[str]:
@@ -199,7 +216,7 @@ def _training_lines(result: ShowResult) -> list[str]:
         no_partitioning = "" if result.stage else " (no ZeRO partitioning)"
         return [
             f"ZeRO stage   {result.stage}{no_partitioning}",
-            f"world size   {result.world_size}",
+            f"world size   {result.world_size}{_parallelism(result)}",
             f"trained in   {result.precision}",
             f"step         {_or(result.step)}",
             f"DeepSpeed    {_or(result.deepspeed)}",
@@ -215,6 +232,19 @@ def _training_lines(result: ShowResult) -> list[str]:
         del facts["world size"]
 
     return [f"{name:<12} {fact}" for name, fact in facts.items() if fact is not None]
+
+
+def _parallelism(result: ShowResult) -> str:
+    """How many of the ranks share a model, beside those of ZeRO."""
+    parts = []
+    if (result.tensor_ranks or 1) > 1:
+        parts.append(f"{result.tensor_ranks} tensor-parallel ranks")
+    if (result.pipeline_stages or 1) > 1:
+        parts.append(f"{result.pipeline_stages} pipeline stages")
+    if result.expert_ranks:
+        counts = " and ".join(map(str, result.expert_ranks))
+        parts.append(f"experts on {counts} {verb(result.expert_ranks[-1], 'rank', 'ranks')}")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _parameters(result: ShowResult) -> str:

@@ -318,6 +318,29 @@ def test_show_says_of_other_sources_only_what_is_known(tmp_path: Path) -> None:
     assert "\nZeRO stage   2\nworld size   2\n" in zero and "\nDeepSpeed    0." in zero
 
 
+@pytest.mark.parametrize(
+    ("name", "degrees", "words"),
+    [
+        ("pipelines-and-experts/pipeline-zero1", (1, 2, ()), " (2 pipeline stages)"),
+        (
+            "pipelines-and-experts/autoep-zero3-tensor",
+            (2, 1, (4,)),
+            " (2 tensor-parallel ranks, experts on 4 ranks)",
+        ),
+        ("zero3-bf16-w2", (None, None, None), ""),
+    ],
+)
+def test_show_says_how_many_ranks_share_a_model(
+    name: str, degrees: tuple[object, ...], words: str
+) -> None:
+    result = report.show(read(FIXTURES / name))
+    assert (result.tensor_ranks, result.pipeline_stages, result.expert_ranks) == degrees
+    assert any(
+        line.startswith("world size") and line.endswith(f"{result.world_size}{words}")
+        for line in report.show_lines(result)
+    )
+
+
 def test_a_doctor_of_a_folder_without_checkpoints_still_mends_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

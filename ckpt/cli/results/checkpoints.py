@@ -87,7 +87,8 @@ class ShowResult(TrainingState):
     tensors that they share. ``values`` are the plain values beside the tensors of a
     single file of ``torch.save``, as text; ``None`` for a checkpoint of a training.
     ``state`` and ``reason`` are as in ``CheckpointEntry``, and null for what is not a
-    checkpoint of a training, or in a store.
+    checkpoint of a training, or in a store. ``tensor_ranks``, ``pipeline_stages`` and
+    ``expert_ranks`` are null where nothing but ZeRO splits the model.
     """
 
     parameters: int
@@ -107,3 +108,6 @@ class ShowResult(TrainingState):
     notes: tuple[str, ...]
     state: str | None
     reason: str | None
+    tensor_ranks: int | None
+    pipeline_stages: int | None
+    expert_ranks: tuple[int, ...] | None

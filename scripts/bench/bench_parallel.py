@@ -33,10 +33,18 @@ def sources(work: Path, gb: float) -> dict[str, Path]:
     rules = work / "rules.json"
     rules.write_text(json.dumps(RULES))
     build(folders["1"], 2, gb)
+    _divide_heads(folders["1"])
     for degree, ranks in (("8", 16), ("4", 4)):
         options = ("--tp", degree, "--tp-rules", str(rules), "--world-size", str(ranks))
         run(ckpt("reshard", folders["1"], *options, "-o", folders[degree]))
     return folders
+
+
+def _divide_heads(folder: Path) -> None:
+    """Gives the model a number of heads that tensor-parallel ranks can share."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"num_attention_heads": 16}))
 
 
 def conversions(folders: dict[str, Path], to: Path) -> Commands:

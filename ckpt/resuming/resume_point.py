@@ -80,10 +80,10 @@ class ResumePoint:
         if self.manifest is None or nodes == 1 or current.loads_parts:
             return
         raise CheckpointError(
-            f"{self.folder} is the part of node {self.manifest.node} of {nodes}, and of a training "
-            "with tensor parallelism, a pipeline or experts DeepSpeed does not load it without the "
-            "others; join the parts with ckpt collect, and give each node all of it in place of "
-            "its part",
+            f"{self.folder} is the part of node {self.manifest.node} of {nodes}, and of a "
+            "training with tensor parallelism, a pipeline or experts DeepSpeed does not load it "
+            "without the others; join the parts with ckpt collect, and give each node all of it "
+            "in place of its part",
             "unsupported",
         )
 

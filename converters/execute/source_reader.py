@@ -16,7 +16,6 @@ from isal import isal_zlib
 
 from converters.errors import CheckpointError
 from converters.execute.source_files import SourceFiles
-from converters.options import TP_RULES
 from converters.storage.checksums import Ledger
 from converters.storage.open_files import SharedFiles
 from converters.tensors import Extents, Read, Strided, TensorRef
@@ -34,7 +33,7 @@ class UnlikeError(CheckpointError):
         super().__init__(
             f"{paths[0]} holds other values of {name} than {paths[1]}, and all ranks should have "
             "the same: a file is of another save, or the ranks had drifted apart when they saved "
-            f"(or, with {TP_RULES('FILE')}, a rule calls replicated what was cut)"
+            "(or a file of rules for tensor parallelism calls replicated what was cut)"
         )
         self.tensors = (tensor, replica)
 

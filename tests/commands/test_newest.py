@@ -48,6 +48,36 @@ def test_a_run_without_last_names_its_checkpoints_and_the_option(
             call(tmp_path)
 
 
+def test_a_link_to_a_disk_that_is_not_mounted_is_named_wherever_it_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    stock(tmp_path, 2)
+    (tmp_path / "checkpoint-4").symlink_to("../disk/checkpoint-4")
+    reason = "it is a link to ../disk/checkpoint-4, which is not there"
+    assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert f"passed over {tmp_path / 'checkpoint-4'}: {reason}" in caplog.text
+
+    (tmp_path / "latest").write_text("checkpoint-2/global_step2")
+    for arguments, code in (("ls", 0), ("verify", 1), ("doctor", 1), ("latest", 0)):
+        run(*arguments.split(), tmp_path, code=code)
+        printed = capsys.readouterr()
+        assert reason in printed.out + printed.err
+    run("doctor", tmp_path, "--adopt", "--dry-run", code=1)
+    run("doctor", tmp_path, "--fix", code=1)
+    assert os.readlink(tmp_path / "checkpoint-4") == "../disk/checkpoint-4"
+
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=f"none that can be resumed from .*{reason}"):
+        ckpt.find(tmp_path)
+
+
+def test_a_run_that_is_a_link_to_nowhere_is_no_new_run(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to("/no-disk/run")
+    for path in (tmp_path / "run", tmp_path / "run/inner"):
+        with pytest.raises(CheckpointError, match="is a link to /no-disk/run, which is not there"):
+            ckpt.find(path)
+
+
 def test_last_takes_the_newest_and_says_which(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

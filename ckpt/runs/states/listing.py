@@ -8,6 +8,7 @@ knows them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +32,13 @@ if TYPE_CHECKING:
 
 
 def candidate(path: Path) -> RunCheckpoint:
-    """A path in a run as a candidate: a folder, or a file of Lightning."""
+    """A path in a run as a candidate: a folder, a file of Lightning, or a link to one,
+    of which nothing is known while it leads nowhere."""
     if path.is_file():
         return RunCheckpoint(path, step_in(path.name), None, manifests.ABSENT, False)
+    if signs.is_lost_link(path):
+        reason = f"it is a link to {os.readlink(path)}, which is not there"
+        return RunCheckpoint(path, step_in(path.name), None, reason, False, is_unread=True)
     return open_checkpoint(path)
 
 

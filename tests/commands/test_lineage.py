@@ -258,6 +258,14 @@ def test_the_first_line_of_a_new_training_names_what_is_there(
     assert f"it begins run {str(new.run)[:6]}" in first and "--others" in first
     assert "checkpoint-3, written without ckpt" in second
 
+    stock = tmp_path / "stock"
+    (stock / "checkpoint-3/global_step3").mkdir(parents=True)
+    caplog.clear()
+    identity.warn_of_others(stock, identity.line_in(stock, 3))  # which has loaded it
+    assert not caplog.records
+    identity.warn_of_others(stock, identity.line_in(stock, 0))
+    assert "does not go on from it" in caplog.text
+
     caplog.clear()
     with caplog.at_level(logging.WARNING, "ckpt"):
         identity.warn_of_others(tmp_path, resumed(steps[1]))

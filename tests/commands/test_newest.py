@@ -214,6 +214,26 @@ def test_a_slimmed_run_is_no_fresh_start_and_every_command_says_what_is_left(
     assert ckpt.find(tmp_path / "weights") is None
 
 
+def test_beside_a_slimmed_newest_a_complete_one_is_taken_and_every_command_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older, newest = stock(tmp_path, 2), real(tmp_path, 4)
+    Run(tmp_path).point("latest", newest)
+    for options in (["--dry-run"], []):
+        run("slim", newest.folder, "--force", *options)
+        assert "a job that starts again takes another one, or stops" in capsys.readouterr().err
+    assert ckpt.find(tmp_path) == str(older)
+
+    run("doctor", tmp_path)
+    printed = capsys.readouterr().err
+    assert "has weights only, so that a resume takes another one" in printed
+    assert "stops and says so" not in printed
+
+    run("doctor", tmp_path, "--adopt", "--now")
+    run("doctor", tmp_path, code=1)
+    assert "latest: names 'checkpoint-4', which has weights only" in capsys.readouterr().out
+
+
 def test_of_a_slimmed_newest_the_older_full_one_is_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

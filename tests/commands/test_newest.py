@@ -19,6 +19,7 @@ from ckpt.runs.run import Run
 from ckpt.runs.states import listing
 from ckpt.runs.states.newest import newest_at
 from ckpt.runs.states.status import CheckpointState, statuses_of
+from ckpt.saving.commit import filesystem_trials
 from converters.errors import CheckpointError
 
 SOURCE = FIXTURES / "trainer-zero2/checkpoint-2"
@@ -71,11 +72,20 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_named_wherever_it_is_passed_ove
         ckpt.find(tmp_path)
 
 
-def test_a_run_that_is_a_link_to_nowhere_is_no_new_run(tmp_path: Path) -> None:
+def test_a_run_that_is_a_link_to_nowhere_is_no_new_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run").symlink_to("/no-disk/run")
     for path in (tmp_path / "run", tmp_path / "run/inner"):
         with pytest.raises(CheckpointError, match="is a link to /no-disk/run, which is not there"):
             ckpt.find(path)
+    with (
+        pytest.raises(CheckpointError, match=r"is not there; bring that back \(mount its disk\)"),
+        filesystem_trials.tried(tmp_path / "run", "making a file"),
+    ):
+        (tmp_path / "run").mkdir(parents=True, exist_ok=True)
+    run("to-fp32", SOURCE, "-o", tmp_path / "run/inner", code=1)
+    assert "is a link to /no-disk/run, which is not there" in capsys.readouterr().err
 
 
 def test_last_takes_the_newest_and_says_which(

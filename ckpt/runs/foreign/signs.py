@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ckpt.runs.recognition import is_checkpoint, is_folder
+from ckpt.runs.checkpoint_folder import RunCheckpoint
+from ckpt.runs.recognition import is_checkpoint, is_folder, step_in
 from converters import detect
 from converters.detect.filenames import TRAINER_STATE
 from converters.errors import CheckpointError
@@ -100,6 +101,12 @@ def is_lost_link(path: Path) -> bool:
         return is_usual(path.name) and stores.is_dead_link(path)
     except OSError:  # where nobody may look, so that it may lead somewhere
         return False
+
+
+def lost_link(path: Path) -> RunCheckpoint:
+    """What is known of the checkpoint that a link leads to which leads nowhere."""
+    reason = f"it is a link to {os.readlink(path)}, which is not there"
+    return RunCheckpoint(path, step_in(path.name), None, reason, False, is_unread=True)
 
 
 def candidates(run_folder: Path) -> list[Path]:

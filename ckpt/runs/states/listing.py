@@ -8,7 +8,6 @@ knows them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +36,7 @@ def candidate(path: Path) -> RunCheckpoint:
     if path.is_file():
         return RunCheckpoint(path, step_in(path.name), None, manifests.ABSENT, False)
     if signs.is_lost_link(path):
-        reason = f"it is a link to {os.readlink(path)}, which is not there"
-        return RunCheckpoint(path, step_in(path.name), None, reason, False, is_unread=True)
+        return signs.lost_link(path)
     return open_checkpoint(path)
 
 

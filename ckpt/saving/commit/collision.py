@@ -18,10 +18,9 @@ from pathlib import Path
 
 from ckpt.folders import replacing
 from ckpt.runs import lineage
-from ckpt.runs.foreign import torn
+from ckpt.runs.foreign import signs, torn
 from ckpt.runs.lineage import Line
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint, open_checkpoint
-from ckpt.runs.states import listing
 from ckpt.saving.commit import identity
 from converters.errors import CheckpointError
 from converters.storage import local, stores
@@ -40,7 +39,7 @@ def make_way(final: Path, line: Line) -> Path | None:
     if not is_lost and not final.is_dir():
         return None
 
-    occupant = listing.candidate(final)
+    occupant = signs.lost_link(final) if is_lost else open_checkpoint(final)
     if not is_lost and not _is_foreign(occupant, line):
         return None
 
@@ -62,6 +61,13 @@ def make_way(final: Path, line: Line) -> Path | None:
         if occupant.committed:
             Run(final.parent).point(name, open_checkpoint(path))
 
+    _tell(occupant, path, is_lost)
+    return path
+
+
+def _tell(occupant: RunCheckpoint, path: Path, is_lost: bool) -> None:
+    """Logs that what had the name of a save has another one, and what it is."""
+    final = occupant.folder
     if is_lost:
         log.warning(
             "%s is now %s: this training saves under its name. %s",
@@ -69,7 +75,7 @@ def make_way(final: Path, line: Line) -> Path | None:
             path.name,
             str(occupant.why).capitalize(),
         )
-        return path
+        return
 
     log.warning(
         "%s of %s is now %s: this training saves under its name. Nothing in it was changed, "
@@ -79,7 +85,6 @@ def make_way(final: Path, line: Line) -> Path | None:
         path.name,
         final.parent,
     )
-    return path
 
 
 def _is_foreign(occupant: RunCheckpoint, line: Line) -> bool:

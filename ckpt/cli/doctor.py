@@ -187,14 +187,23 @@ def _hints(run: Run, statuses: Sequence[CheckpointStatus]) -> list[str]:
     hints = [f"ckpt: {run.path}: {line}" for line in lines]
     hints += [f"ckpt: {line}" for line in listing.closed_lines(run.path)]
 
-    pointed = run.pointer("latest")
-    if pointed is not None and pointed.committed and pointed.tier == "weights":
-        hints.append(
-            f"ckpt: {run.path}: latest names {pointed.name}, which has weights only, so that no "
-            "training goes on from this run; a job that resumes from it stops and says so"
-        )
+    return [*hints, *_latest_of_weights(run, statuses)]
 
-    return hints
+
+def _latest_of_weights(run: Run, statuses: Sequence[CheckpointStatus]) -> list[str]:
+    """A line where the file latest names a checkpoint of weights alone."""
+    from converters.words import shell_word
+
+    pointed = run.pointer("latest")
+    if pointed is None or not pointed.committed or pointed.tier != "weights":
+        return []
+
+    outcome = (
+        "so that no training goes on from this run; a job that resumes from it stops and says so"
+    )
+    if any(status.whole and status.tier == "full" for status in statuses):
+        outcome = f"so that a resume takes another one: ckpt latest {shell_word(run.path)} says it"
+    return [f"ckpt: {run.path}: latest names {pointed.name}, which has weights only, {outcome}"]
 
 
 def _idle(path: Path, reasons: Sequence[str], statuses: Sequence[CheckpointStatus]) -> list[str]:

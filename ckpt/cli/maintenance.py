@@ -87,32 +87,56 @@ def _slim(checkpoint: RunCheckpoint, force: bool) -> Planned:
 
     with planned.progress(slimming.proof_bytes(checkpoint), checkpoint.name) as advance:
         slimming_plan = slimming.plan(checkpoint, force, advance)
+    consequences = _consequences(checkpoint)
 
     def execute(_: Progress) -> Output:
         slimming.execute(slimming_plan)
-        return _slimmed(slimming_plan, dry_run=False)
+        return _slimmed(slimming_plan, consequences, dry_run=False)
 
-    return Planned(preview=lambda: _slimmed(slimming_plan, dry_run=True), execute=execute)
+    return Planned(
+        preview=lambda: _slimmed(slimming_plan, consequences, dry_run=True), execute=execute
+    )
+
+
+def _consequences(checkpoint: RunCheckpoint) -> list[str]:
+    """A line where the newest is slimmed, from which a job would go on."""
+    from ckpt.runs.upkeep import slim as slimming
+    from converters.words import shell_word
+
+    if not slimming.is_newest(checkpoint):
+        return []
+    return [
+        f"ckpt: {checkpoint.name} is the newest committed one that training can go on from: "
+        "without its states a job that starts again takes another one, or stops if there is none "
+        f"(ckpt latest {shell_word(checkpoint.folder.parent)} says which)"
+    ]
 
 
 def _slim_to_fp32(checkpoint: RunCheckpoint, force: bool, names: str) -> Planned:
     from ckpt.weights.conversion import fp32_slimming
 
     plan = fp32_slimming.plan(checkpoint, force, names)
+    consequences = _consequences(checkpoint)
 
     def execute(progress: Progress) -> Output:
         fp32_slimming.execute(plan, progress)
-        return _slimmed(plan.slimming, plan.files, dry_run=False)
+        return _slimmed(plan.slimming, consequences, plan.files, dry_run=False)
 
     return Planned(
-        preview=lambda: _slimmed(plan.slimming, plan.files, dry_run=True),
+        preview=lambda: _slimmed(plan.slimming, consequences, plan.files, dry_run=True),
         execute=execute,
         nbytes=plan.nbytes,
         title=checkpoint.name,
     )
 
 
-def _slimmed(slimming: Slimming, files: Sequence[FileEntry] = (), *, dry_run: bool) -> Output:
+def _slimmed(
+    slimming: Slimming,
+    consequences: Sequence[str],
+    files: Sequence[FileEntry] = (),
+    *,
+    dry_run: bool,
+) -> Output:
     from ckpt.cli.results.upkeep import SlimResult
     from ckpt.text import size
 
@@ -146,7 +170,7 @@ def _slimmed(slimming: Slimming, files: Sequence[FileEntry] = (), *, dry_run: bo
             *(f"{creation}\t{folder / file.name}" for file in files),
             *(f"{removal}\t{folder / name}" for name in slimming.removed),
         ],
-        notices,
+        [*notices, *consequences],
     )
 
 

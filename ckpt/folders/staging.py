@@ -25,7 +25,7 @@ from ckpt.folders.replacing import is_arriving, replace_folder
 from converters.errors import CheckpointError
 from converters.options import OUTPUT, OVERWRITE
 from converters.plan import Plan
-from converters.storage import local
+from converters.storage import local, misplaced_files
 from converters.storage.local_store import LOCAL
 from converters.storage.system import flock
 from converters.words import counted, verb
@@ -196,8 +196,11 @@ def as_output_error(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         advice = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        reason = f"{error.filename or output}: {error.strerror}"
+        if lost_link := misplaced_files.link(output).removeprefix("; "):
+            reason = f"{output} cannot be made: {lost_link}"
         raise CheckpointError(
-            f"{error.filename or output}: {error.strerror}; {advice}{another_folder()}",
+            f"{reason}; {advice}{another_folder()}",
             "output",
         ) from error
 

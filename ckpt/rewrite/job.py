@@ -15,7 +15,7 @@ OUTPUT/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -35,7 +35,7 @@ from converters.lazy_pattern import LazyPattern
 from converters.plan import Plan
 from converters.storage import local, open_files, stores
 from converters.storage.url_path import absolute
-from converters.words import counted
+from converters.words import counted, some
 from converters.zero import checkpoint as zero
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging.experts import ExpertsCheckpoint
@@ -153,6 +153,20 @@ def companions_for(
             if source_path is not None:
                 suffix = f"_{rank}" if is_numbered else ""
                 yield source_path, f"{name}{suffix}.{ending}"
+
+
+def notes_on_lost_ranks(companions: Sequence[tuple[Path, str]], world_size: int) -> Iterator[str]:
+    """A note for each sort of file of which some ranks get none,
+    because the checkpoint lacks the one that they would use."""
+    ranks_by_sort: dict[tuple[str, str], set[int]] = {}
+    for _, name in companions:
+        if match := _RANKED.fullmatch(name):
+            ranks_by_sort.setdefault((match[1], match[3]), set()).add(int(match[2]))
+
+    for (sort, ending), ranks in sorted(ranks_by_sort.items()):
+        missing = [f"{sort}_{rank}.{ending}" for rank in range(world_size) if rank not in ranks]
+        if missing:
+            yield f"{some(missing)} cannot be made: the file of a rank is lost in the checkpoint"
 
 
 def _is_copied(name: str) -> bool:

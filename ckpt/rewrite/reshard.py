@@ -103,6 +103,7 @@ def plan(
             *source.notes,
             *step_records.contradictions(source),
             *notes_on(source, target),
+            *job.notes_on_lost_ranks(companions, world_size),
             *_note_on_files_left_out(home, {path.name for path, _ in companions}),
         ),
         tensor_ranks=tensor_ranks,

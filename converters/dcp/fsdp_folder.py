@@ -51,10 +51,12 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> ShardedC
         optimizer = _optimizer(root, number, layout, state.world_size)
         if complete:
             dcp_reader.require_complete(optimizer)
+        elif optimizer is not None and (lost_file := dcp_reader.missing_file(optimizer)):
+            raise CheckpointError(lost_file, "incomplete")
     except CheckpointError as error:
         if complete or error.kind == "refused":
             raise
-        notes = (f"the optimizer is not read: {error}",)
+        optimizer, notes = None, (f"the optimizer is not read: {error}",)
 
     notes = (*_other_models(root, number), *notes)
     place = Place(root, path, path.name)

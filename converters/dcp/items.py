@@ -53,6 +53,8 @@ class ItemReader:
             return _read(name, place)
         except OSError as error:
             reason = f"{place.path}: {error.strerror or error}"
+            if isinstance(error, FileNotFoundError):
+                reason += "; copy it here from where it was saved"
             raise CheckpointError(reason, "incomplete") from error
 
     def _require_plain(self, path: Path) -> None:

@@ -58,7 +58,9 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> ShardedC
 
     kind = "dcp" if stores.is_file(path / filenames.DCP) else "dcp-of-ranks"
     notes: tuple[str, ...] = ()
-    if optimizer is not None and not complete:
+    if optimizer is not None and not complete and (lost_file := missing_file(optimizer)):
+        optimizer, notes = None, (f"the optimizer is not read: {lost_file}",)
+    elif optimizer is not None and not complete:
         cut_file = state.cut_file(optimizer.leaf_names)
         notes = (f"the optimizer is not whole: {cut_file}",) if cut_file else ()
 
@@ -134,6 +136,14 @@ def assembled(
         notes=(*notes, *others),
         knows_ties=False,  # those of frozen parameters only the class tells
     )
+
+
+def missing_file(optimizer: SavedOptimizer) -> str | None:
+    """A line on a file of the optimizer that is not there; ``None`` where all are."""
+    for path in optimizer.state.files(optimizer.leaf_names):
+        if not stores.is_file(path):
+            return f"{path} is not there; copy it here from where it was saved"
+    return None
 
 
 def require_complete(optimizer: SavedOptimizer | None) -> None:

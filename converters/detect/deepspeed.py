@@ -103,11 +103,15 @@ def several(look: Look) -> str | None:
 
 
 def state_file(look: Look) -> str | None:
-    """A single state file of DeepSpeed; the folder of its checkpoint."""
+    """A single state file of DeepSpeed; the folder of its checkpoint.
+
+    That is the tag itself, unless the file ``latest`` beside it leads to that tag.
+    """
     if not (look.is_file and state_folders.is_state_file(look.path.name)):
         return None
     tag_folder = look.path.parent
-    leads_here = stores.is_file(tag_folder.parent / filenames.LATEST)
+    latest = tag_folder.parent / filenames.LATEST
+    leads_here = stores.is_file(latest) and state_folders.tag_in(latest) == tag_folder.name
     return str(tag_folder.parent if leads_here else tag_folder)
 
 

@@ -91,7 +91,7 @@ def _missing_of_local(folder: Path, names: list[str]) -> str:
         return f"; {blobs} has a download that did not end: run hf download again"
 
     if dangling := [name for name in names if stores.is_dead_link(folder / name)]:
-        return _broken_link(folder / dangling[0])
+        return _broken_link(folder / dangling[0], dangling[0])
 
     return ""
 
@@ -107,11 +107,19 @@ def download_to(path: Path) -> str:
 
 
 def link(path: Path) -> str:
-    """The end of a sentence for a link that leads nowhere; nothing for anything else."""
-    return _broken_link(path) if stores.is_dead_link(path) else ""
+    """The end of a sentence for a link that leads nowhere, or a path below one;
+    nothing for anything else."""
+    for place in (path, *path.parents):
+        try:
+            is_dead = stores.is_dead_link(place)
+        except OSError:  # where nobody may look
+            continue
+        if is_dead:
+            return _broken_link(place, place.name if place == path else str(place))
+    return ""
 
 
-def _broken_link(path: Path) -> str:
+def _broken_link(path: Path, name: str) -> str:
     target = os.readlink(path)
     remedy = "; download it again with hf download" if "blobs" in Path(target).parts else ""
-    return f"; {path.name} is a link to {target}, which is not there{remedy}"
+    return f"; {name} is a link to {target}, which is not there{remedy}"

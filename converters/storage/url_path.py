@@ -23,11 +23,15 @@ from converters.lazy_pattern import LazyPattern
 _LOCAL = LazyPattern(r"file://(?:localhost)?(/.*)", re.IGNORECASE | re.DOTALL)
 _DRIVE = LazyPattern(r"/[A-Za-z]:/")  # file:///C:/run
 _SCHEME = LazyPattern(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # of one letter it is a drive
-_REPOSITORY = LazyPattern(  # of the Hugging Face Hub, in a browser and in fsspec
-    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)"
-    r"(?!datasets/|spaces/|docs/|models/?$)"
-    r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<at>[^/]+)|/(?:tree|blob|resolve)/(?P<of>[^/]+))?(?:[/?#].*)?"
+_HUB = LazyPattern(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://(?:models/)?")
+_REPOSITORY = LazyPattern(  # after the address of the Hub, in a browser and in fsspec
+    r"(?P<type>datasets|spaces)?(?(type)/)"
+    r"(?P<name>[\w.-]+(?:/(?!(?:tree|blob|resolve|raw|commits?|discussions)\b)[\w.-]+)?)"
+    r"(?:@(?P<at>[^/?#]+)|/(?P<view>tree|blob|resolve)/(?P<of>refs/\w+/[^/?#]+|[^/?#]+))?"
+    r"(?:[/?#].*)?"
 )
+# what the Hub shows beside repositories
+_PAGES = ("docs", "models", "datasets", "spaces", "blog", "papers", "learn", "collections", "api")
 _DOWNLOADS = {  # by scheme, the command that copies what a URL names
     "s3": "aws s3 cp --recursive {url} DIR",
     "gs": "gcloud storage cp --recursive {url} DIR",
@@ -127,13 +131,36 @@ def download(name: str | os.PathLike[str]) -> str:
     """The advice for a URL that is not read here,
     with the command where one is known."""
     url = os.fspath(name)
-    if match := _REPOSITORY.fullmatch(url):
-        revision = match["at"] or match["of"]
-        at_revision = f"@{revision}" if revision not in (None, "main") else ""
-        return f"download it first: ckpt pull {match['name']}{at_revision} DIR"
+    if (place := _place_on_hub(url)) is not None:
+        return _download_from_hub(url, place)
 
     command = _DOWNLOADS.get(scheme_of(url))
     return "download it first" + (f": {command.format(url=url)}" if command else "")
+
+
+def _place_on_hub(url: str) -> str | None:
+    """What follows the address of the Hub, or of ``$HF_ENDPOINT``; ``None`` elsewhere."""
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    if endpoint and url.startswith(f"{endpoint}/"):
+        return url[len(endpoint) + 1 :]
+    match = _HUB.match(url)
+    return url[match.end() :] if match is not None else None
+
+
+def _download_from_hub(url: str, place: str) -> str:
+    """The advice for what lies on the Hub: a model, a data set, a file of one, or a page."""
+    match = _REPOSITORY.fullmatch(place)
+    if match is None or match["name"].split("/")[0] in _PAGES:
+        return "it is no repository of the Hub; name one: ckpt pull ORG/NAME DIR"
+    if match["type"] is not None and match["view"] == "resolve":
+        return f"download it first: curl -LO {url}"
+    if match["type"] is not None:
+        kind = match["type"].removesuffix("s")
+        return f"download it first: hf download {match['name']} --repo-type {kind} --local-dir DIR"
+
+    revision = match["at"] or match["of"]
+    at_revision = f"@{revision}" if revision not in (None, "main") else ""
+    return f"download it first: ckpt pull {match['name']}{at_revision} DIR"
 
 
 def absolute(path: Path) -> Path:

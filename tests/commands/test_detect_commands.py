@@ -177,6 +177,22 @@ def test_a_function_names_what_lies_there(
         ("https://hf.co/org/name/tree/step-5", "ckpt pull org/name@step-5 DIR"),
         ("https://huggingface.co/org/name/blob/main/model.safetensors", "ckpt pull org/name DIR"),
         ("hf://org/name@v1", "ckpt pull org/name@v1 DIR"),
+        ("hf://models/org/name", "ckpt pull org/name DIR"),
+        ("hf://gpt2", "ckpt pull gpt2 DIR"),
+        ("https://huggingface.co/gpt2", "ckpt pull gpt2 DIR"),
+        ("https://huggingface.co/gpt2/tree/refs/pr/3", "ckpt pull gpt2@refs/pr/3 DIR"),
+        ("https://huggingface.co/gpt2/resolve/main/model.safetensors", "ckpt pull gpt2 DIR"),
+        ("https://huggingface.co/papers/2101.00001", "it is no repository of the Hub"),
+        ("https://huggingface.co/models", "it is no repository of the Hub"),
+        (
+            "https://huggingface.co/datasets/org/name",
+            "hf download org/name --repo-type dataset --local-dir DIR",
+        ),
+        (
+            "https://huggingface.co/datasets/org/name/resolve/main/a.bin",
+            "curl -LO https://huggingface.co/datasets/org/name/resolve/main/a.bin",
+        ),
+        ("http://mirror.example/hub/org/name", "ckpt pull org/name DIR"),
         ("s3://bucket/run", "aws s3 cp --recursive s3://bucket/run DIR"),
         ("gs://bucket/run", "gcloud storage cp --recursive gs://bucket/run DIR"),
         ("https://example.org/a.bin", "curl -LO https://example.org/a.bin"),
@@ -190,6 +206,7 @@ def test_what_lies_elsewhere_is_answered_with_what_fetches_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example/hub")
     for command, arguments in COMMANDS.items():
         verb, *options = command.split()
         run(verb, path, *arguments, *options, code=1)

@@ -195,7 +195,7 @@ def test_what_another_run_saved_gets_another_name(
         path = collision.make_way(other.folder, new)
     assert path is not None and path.name == f"checkpoint-6.run-{str(old.run)[:6]}"
     assert open_checkpoint(path).committed and not other.folder.exists()
-    assert path.name in caplog.text
+    assert path.name in caplog.text and "whole" not in caplog.text
     assert Run(tmp_path).target("best") == (f"{path.name}/global_step2" if pointed else None)
     save(tmp_path, 6, Line(old.run, "12" * 16))
     assert collision.make_way(other.folder, new) == path.with_name(f"{path.name}-2")
@@ -220,6 +220,15 @@ def test_the_command_in_the_message_deletes_what_was_set_aside_and_no_copy_by_ha
     pruning.prune_others(Run(tmp_path))
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"checkpoint-2", "checkpoint-4", "checkpoint-6", "keep-me"}
+
+
+def test_a_link_that_leads_nowhere_gets_another_name_and_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "checkpoint-4").symlink_to("../disk/checkpoint-4")
+    path = collision.make_way(tmp_path / "checkpoint-4", Line.begin())
+    assert path is not None and path.name == "checkpoint-4.foreign" and path.is_symlink()
+    assert "It is a link to ../disk/checkpoint-4, which is not there" in caplog.text
 
 
 def test_its_own_checkpoint_and_a_torn_one_are_replaced(tmp_path: Path) -> None:
@@ -248,6 +257,14 @@ def test_the_first_line_of_a_new_training_names_what_is_there(
     assert f"checkpoint-6 and checkpoint-8 of run {str(old.run)[:6]}" in first
     assert f"it begins run {str(new.run)[:6]}" in first and "--others" in first
     assert "checkpoint-3, written without ckpt" in second
+
+    stock = tmp_path / "stock"
+    (stock / "checkpoint-3/global_step3").mkdir(parents=True)
+    caplog.clear()
+    identity.warn_of_others(stock, identity.line_in(stock, 3))  # which has loaded it
+    assert not caplog.records
+    identity.warn_of_others(stock, identity.line_in(stock, 0))
+    assert "does not go on from it" in caplog.text
 
     caplog.clear()
     with caplog.at_level(logging.WARNING, "ckpt"):

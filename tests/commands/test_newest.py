@@ -19,6 +19,7 @@ from ckpt.runs.run import Run
 from ckpt.runs.states import listing
 from ckpt.runs.states.newest import newest_at
 from ckpt.runs.states.status import CheckpointState, statuses_of
+from ckpt.saving.commit import filesystem_trials
 from converters.errors import CheckpointError
 
 SOURCE = FIXTURES / "trainer-zero2/checkpoint-2"
@@ -46,6 +47,45 @@ def test_a_run_without_last_names_its_checkpoints_and_the_option(
     for call in (ckpt.open, ckpt.to_fp32):
         with pytest.raises(CheckpointError, match=r"or take the newest with last=True$"):
             call(tmp_path)
+
+
+def test_a_link_to_a_disk_that_is_not_mounted_is_named_wherever_it_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    stock(tmp_path, 2)
+    (tmp_path / "checkpoint-4").symlink_to("../disk/checkpoint-4")
+    reason = "it is a link to ../disk/checkpoint-4, which is not there"
+    assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert f"passed over {tmp_path / 'checkpoint-4'}: {reason}" in caplog.text
+
+    (tmp_path / "latest").write_text("checkpoint-2/global_step2")
+    for arguments, code in (("ls", 0), ("verify", 1), ("doctor", 1), ("latest", 0)):
+        run(*arguments.split(), tmp_path, code=code)
+        printed = capsys.readouterr()
+        assert reason in printed.out + printed.err
+    run("doctor", tmp_path, "--adopt", "--dry-run", code=1)
+    run("doctor", tmp_path, "--fix", code=1)
+    assert os.readlink(tmp_path / "checkpoint-4") == "../disk/checkpoint-4"
+
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=f"none that can be resumed from .*{reason}"):
+        ckpt.find(tmp_path)
+
+
+def test_a_run_that_is_a_link_to_nowhere_is_no_new_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").symlink_to("/no-disk/run")
+    for path in (tmp_path / "run", tmp_path / "run/inner"):
+        with pytest.raises(CheckpointError, match="is a link to /no-disk/run, which is not there"):
+            ckpt.find(path)
+    with (
+        pytest.raises(CheckpointError, match=r"is not there; bring that back \(mount its disk\)"),
+        filesystem_trials.tried(tmp_path / "run", "making a file"),
+    ):
+        (tmp_path / "run").mkdir(parents=True, exist_ok=True)
+    run("to-fp32", SOURCE, "-o", tmp_path / "run/inner", code=1)
+    assert "is a link to /no-disk/run, which is not there" in capsys.readouterr().err
 
 
 def test_last_takes_the_newest_and_says_which(
@@ -182,6 +222,26 @@ def test_a_slimmed_run_is_no_fresh_start_and_every_command_says_what_is_left(
 
     small(tmp_path / "weights", 2, tier="weights")  # no training ever went on from it
     assert ckpt.find(tmp_path / "weights") is None
+
+
+def test_beside_a_slimmed_newest_a_complete_one_is_taken_and_every_command_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older, newest = stock(tmp_path, 2), real(tmp_path, 4)
+    Run(tmp_path).point("latest", newest)
+    for options in (["--dry-run"], []):
+        run("slim", newest.folder, "--force", *options)
+        assert "a job that starts again takes another one, or stops" in capsys.readouterr().err
+    assert ckpt.find(tmp_path) == str(older)
+
+    run("doctor", tmp_path)
+    printed = capsys.readouterr().err
+    assert "has weights only, so that a resume takes another one" in printed
+    assert "stops and says so" not in printed
+
+    run("doctor", tmp_path, "--adopt", "--now")
+    run("doctor", tmp_path, code=1)
+    assert "latest: names 'checkpoint-4', which has weights only" in capsys.readouterr().out
 
 
 def test_of_a_slimmed_newest_the_older_full_one_is_taken(

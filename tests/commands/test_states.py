@@ -693,3 +693,8 @@ def test_random_states_of_a_rank_that_may_be_lost_are_said(
     (with_deepspeed / "random_states_1.pkl").unlink(missing_ok=True)
     run("verify", with_deepspeed)
     assert "has no random_states_1.pkl, and its states are of 2 ranks" in capsys.readouterr().out
+
+    (with_deepspeed / "random_states_0.pkl").write_bytes(b"")
+    run("reshard", with_deepspeed, "--world-size", "4", "--dry-run")
+    printed = "".join(capsys.readouterr())
+    assert "random_states_1.pkl, random_states_3.pkl cannot be made: the file of" in printed

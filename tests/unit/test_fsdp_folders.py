@@ -152,13 +152,23 @@ def test_a_missing_rank_is_named(rank: int, tmp_path: Path) -> None:
     assert problem in str(error.value)
 
 
-def test_weights_are_read_without_the_optimizer_and_it_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lost", "reason"),
+    [
+        (".metadata", r"has no \.metadata, which is written last"),
+        ("__1_0.distcp", r"__1_0\.distcp: No such file"),
+    ],
+)
+def test_weights_are_read_without_the_optimizer_and_it_is_said(
+    lost: str, reason: str, tmp_path: Path
+) -> None:
     save_sharded(tmp_path)
-    (tmp_path / "optimizer_0" / ".metadata").unlink()
+    (tmp_path / "optimizer_0" / lost).unlink()
     source = read(tmp_path)
     require_equal(source, EVERY)
-    assert "the optimizer is not read" in source.notes[0]
-    with pytest.raises(CheckpointError, match=r"has no \.metadata, which is written last"):
+    assert "the optimizer is not read" in source.notes[0] and lost in source.notes[0]
+    assert all(path.is_file() for path in source.files)
+    with pytest.raises(CheckpointError, match=reason):
         read(tmp_path, complete=True)
 
 

@@ -145,6 +145,9 @@ def test_a_file_of_a_checkpoint_names_its_folder(source: Path, said: Said) -> No
     message = said(path)
     assert message.endswith(f"the checkpoint is its folder: {source}\n")
 
+    (source / "latest").write_text("global_step9")  # which a conversion of the folder would take
+    assert said(path).endswith(f"the checkpoint is its folder: {path.parent}\n")
+
 
 def test_a_blob_that_is_gone(source: Path, tmp_path: Path, said: Said) -> None:
     snapshot = cached(source, tmp_path / "models--a--b")

@@ -250,7 +250,8 @@ def _of_plain_trainer(
 
     optimizer_parts = dcp_files.fsdp_parts(folder, "optimizer")
     required_parts = {
-        "optimizer.pt": bool(optimizer_parts) or "optimizer.pt" in entry_names,
+        _optimizer_name(folder, "optimizer.pt"): bool(optimizer_parts)
+        or "optimizer.pt" in entry_names,
         "scheduler.pt": "scheduler.pt" in entry_names,
         "rng_state.pth": rng_ranks > 0,
     }
@@ -263,6 +264,14 @@ def _of_plain_trainer(
 
     step_records.require_one_step(folder, step)
     return Proof(folder, kind, step, None, True, history)
+
+
+def _optimizer_name(folder: Path, own_name: str) -> str:
+    """What the optimizer beside a model is called: of FSDP's parts a folder
+    (accelerate 1.15 ``utils/fsdp_utils.py``: ``save_fsdp_optimizer``)."""
+    if (folder / "pytorch_model_fsdp_0").is_dir():
+        return "optimizer_0"
+    return "optimizer.bin" if (folder / "pytorch_model_fsdp.bin").is_file() else own_name
 
 
 def _of_accelerate(folder: Path, entry_names: set[str]) -> Proof:
@@ -283,7 +292,8 @@ def _of_accelerate(folder: Path, entry_names: set[str]) -> Proof:
         raise CheckpointError(f"{folder} has no weights of a model", "incomplete")
     optimizer_parts = dcp_files.fsdp_parts(folder, "optimizer")
     if not optimizer_parts:
-        raise CheckpointError(f"{folder} has no optimizer.bin", "incomplete")
+        name = _optimizer_name(folder, "optimizer.bin")
+        raise CheckpointError(f"{folder} has no {name}", "incomplete")
 
     kind = "Accelerate with FSDP" if model_parts else "Accelerate without DeepSpeed"
     rank_count = dcp_files.rank_count([*model_parts, *optimizer_parts])

@@ -6,11 +6,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ckpt.runs.recognition import is_checkpoint, is_folder
+from ckpt.runs.checkpoint_folder import RunCheckpoint
+from ckpt.runs.recognition import is_checkpoint, is_folder, step_in
 from converters import detect
 from converters.detect.filenames import TRAINER_STATE
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
+from converters.storage import stores
 from converters.zero.files.discovery import is_tag_folder
 
 _NAME = LazyPattern(r"(?:checkpoint|global_step|step|ckpt|iter|iteration|epoch)s?[-_=]?\d+")
@@ -92,9 +94,28 @@ def _is_closed(path: Path) -> bool:
         return True
 
 
+def is_lost_link(path: Path) -> bool:
+    """Whether a path has a name that trainings give to checkpoints,
+    and is a link that leads nowhere."""
+    try:
+        return is_usual(path.name) and stores.is_dead_link(path)
+    except OSError:  # where nobody may look, so that it may lead somewhere
+        return False
+
+
+def lost_link(path: Path) -> RunCheckpoint:
+    """What is known of the checkpoint that a link leads to which leads nowhere."""
+    reason = f"it is a link to {os.readlink(path)}, which is not there"
+    return RunCheckpoint(path, step_in(path.name), None, reason, False, is_unread=True)
+
+
 def candidates(run_folder: Path) -> list[Path]:
     """All in a run's folder that is a checkpoint, whole or not,
-    or may be one, whoever wrote it."""
+    or may be one, whoever wrote it.
+
+    So is a link of such a name that leads nowhere: the disk that it leads to may not be
+    mounted, and a training that passes over it in silence goes back.
+    """
     try:
         entries = sorted(os.scandir(run_folder), key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -110,7 +131,8 @@ def candidates(run_folder: Path) -> list[Path]:
         if entry.name.startswith("."):
             continue
         if not is_folder(candidate):
-            candidate_paths += [candidate] if candidate.suffix == ".ckpt" else []
+            is_one = candidate.suffix == ".ckpt" or is_lost_link(candidate)
+            candidate_paths += [candidate] if is_one else []
             continue
 
         try:

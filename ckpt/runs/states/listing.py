@@ -31,9 +31,12 @@ if TYPE_CHECKING:
 
 
 def candidate(path: Path) -> RunCheckpoint:
-    """A path in a run as a candidate: a folder, or a file of Lightning."""
+    """A path in a run as a candidate: a folder, a file of Lightning, or a link to one,
+    of which nothing is known while it leads nowhere."""
     if path.is_file():
         return RunCheckpoint(path, step_in(path.name), None, manifests.ABSENT, False)
+    if signs.is_lost_link(path):
+        return signs.lost_link(path)
     return open_checkpoint(path)
 
 

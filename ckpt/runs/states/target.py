@@ -29,6 +29,7 @@ from ckpt.runs.states.listing import checkpoints_in, runs_in, runs_instead
 from ckpt.runs.states.offer_order import TopologyFilter, is_fitting
 from converters.detect import detect
 from converters.errors import CheckpointError
+from converters.storage import misplaced_files
 from converters.words import shell_word
 
 log = logging.getLogger("ckpt")
@@ -55,7 +56,7 @@ def _meaning_without_folder(path: Path, tag: str | None) -> str:
     if tag is None and path.is_file() and path.suffix == ".ckpt":
         return "checkpoint"
 
-    if tag is not None or path.exists():
+    if tag is not None or path.exists() or misplaced_files.link(path):
         raise detect(path).unlike(_EXPECTED)
 
     _require_new_name(path)

@@ -93,7 +93,7 @@ def survey(
     linked = {entry.folder.resolve() for entry in present if not entry.folder.is_symlink()}
     candidates = [
         checkpoint
-        if checkpoint.manifest is not None
+        if checkpoint.manifest is not None or checkpoint.is_unread
         else replace(checkpoint, manifest=None, why=manifest.ABSENT)
         for checkpoint in present
         if not (checkpoint.folder.is_symlink() and checkpoint.folder.resolve() in linked)
@@ -207,8 +207,9 @@ def _hindrance(status: CheckpointStatus) -> str | None:
 
 
 def _may_be_adopted(checkpoint: RunCheckpoint) -> bool:
-    """Whether a checkpoint may get a manifest: it has none, or one that is damaged."""
-    if checkpoint.why == manifest.ABSENT:
+    """Whether a checkpoint may get a manifest: it has none, or one that is damaged,
+    or nobody knows."""
+    if checkpoint.why == manifest.ABSENT or checkpoint.is_unread:
         return True
 
     try:

@@ -20,7 +20,7 @@ from ckpt.folders import filenames, leftovers, locks
 from ckpt.folders.filenames import PLAN
 from ckpt.runs import engines, pruning
 from ckpt.runs.digests import Progress, quiet
-from ckpt.runs.foreign import intact_files
+from ckpt.runs.foreign import intact_files, signs
 from ckpt.runs.lease import watch
 from ckpt.runs.run import (
     Run,
@@ -83,7 +83,7 @@ def diagnose(run: Run, progress: Progress = quiet) -> Diagnosis:
         *_lease_findings(run.path),
     ]
 
-    if not any(entry.is_unread for entry in checkpoints):  # which may be the newest
+    if not any(entry.is_unread for entry in present):  # which may be the newest
         all_findings += pointer_findings(run, checkpoints, statuses)
 
     return Diagnosis(tuple(all_findings), tuple(statuses))
@@ -173,6 +173,8 @@ def _checkpoint_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> It
     checkpoint = status.checkpoint
     if checkpoint.is_unread:
         remedy = "make it readable for this user, or look after its disk"
+        if signs.is_lost_link(checkpoint.folder):
+            remedy = "bring that back (mount its disk), or delete the link"
         yield Finding(checkpoint.folder, f"{checkpoint.why}; {remedy}")
         return
     if (amendable := _amendable(checkpoint)) is not None:

@@ -14,6 +14,7 @@ from ckpt.runs.run import (
     RunCheckpoint,
     is_checkpoint,
     leading,
+    order,
     original_of,
 )
 from ckpt.runs.states.listing import adoption_command
@@ -195,8 +196,15 @@ def _pointer_problem(
     if pointed_checkpoint.name == expected.name:
         return f"names {pointer_text!r}, expected {expected.pointer}"
 
-    fault = "older" if pointed_checkpoint.committed else "not committed"
-    if original_of(pointed_checkpoint, [expected]) is not None:
-        fault = str(pointed_checkpoint.origin)
+    return f"names {pointer_text!r}, which {_fault(pointed_checkpoint, expected)}"
 
-    return f"names {pointer_text!r}, which is {fault}"
+
+def _fault(pointed: RunCheckpoint, expected: RunCheckpoint) -> str:
+    """Why a pointer should name another checkpoint, as words after which."""
+    if original_of(pointed, [expected]) is not None:
+        return f"is {pointed.origin}"
+    if not pointed.committed:
+        return "is not committed"
+    if pointed.tier == "weights":
+        return "has weights only"
+    return "is older" if order(pointed) < order(expected) else "a resume does not take"

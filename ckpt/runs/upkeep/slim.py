@@ -208,14 +208,19 @@ def _require_expendable(checkpoint: RunCheckpoint, manifest: Manifest, force: bo
     if force:
         return
 
-    newest = Run(checkpoint.folder.parent).newest()
-    if newest is not None and newest.name == checkpoint.name:
+    if is_newest(checkpoint):
         raise _refusal(
             checkpoint,
             f"is the newest that training can go on from; {FORCE} slims it",
         )
     if checkpoint.pinned:
         raise _refusal(checkpoint, f"is pinned; unpin it first, or use {FORCE}")
+
+
+def is_newest(checkpoint: RunCheckpoint) -> bool:
+    """Whether it is the newest committed one that training can go on from."""
+    newest = Run(checkpoint.folder.parent).newest()
+    return newest is not None and newest.name == checkpoint.name
 
 
 def _require_inside(checkpoint: RunCheckpoint, names: tuple[str, ...]) -> None:

@@ -3,6 +3,8 @@ that one gets another name.
 
     out/checkpoint-6    of run 3f2a1c   ->   out/checkpoint-6.run-3f2a1c
     out/checkpoint-6    without ckpt    ->   out/checkpoint-6.foreign
+    out/checkpoint-6    a link that     ->   out/checkpoint-6.foreign
+                        leads nowhere
 
 Nothing whole is ever overwritten but by the run that saved it. Torn folders are.
 """
@@ -16,12 +18,12 @@ from pathlib import Path
 
 from ckpt.folders import replacing
 from ckpt.runs import lineage
-from ckpt.runs.foreign import torn
+from ckpt.runs.foreign import signs, torn
 from ckpt.runs.lineage import Line
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint, open_checkpoint
 from ckpt.saving.commit import identity
 from converters.errors import CheckpointError
-from converters.storage import local
+from converters.storage import local, stores
 
 log = logging.getLogger("ckpt")
 
@@ -29,14 +31,16 @@ log = logging.getLogger("ckpt")
 def make_way(final: Path, line: Line) -> Path | None:
     """Renames what is whole and not this run's at ``final``; returns its new path.
 
-    ``None``: there is nothing of that kind. ``CheckpointError`` if it cannot be
-    renamed; then it is untouched.
+    Of a link that leads nowhere, to a disk that is not mounted perhaps, nobody knows
+    whose it is. ``None``: there is nothing of that kind. ``CheckpointError`` if it
+    cannot be renamed; then it is untouched.
     """
-    if final.is_symlink() or not final.is_dir():
+    is_lost = stores.is_dead_link(final)
+    if not is_lost and not final.is_dir():
         return None
 
-    occupant = open_checkpoint(final)
-    if not _is_foreign(occupant, line):
+    occupant = signs.lost_link(final) if is_lost else open_checkpoint(final)
+    if not is_lost and not _is_foreign(occupant, line):
         return None
 
     path = _free_name(final, occupant)
@@ -47,7 +51,7 @@ def make_way(final: Path, line: Line) -> Path | None:
         local.sync_folder(final.parent)
     except OSError as error:
         raise CheckpointError(
-            f"{final} is a whole checkpoint that this training did not write, and it "
+            f"{final} is a checkpoint that this training did not write, and it "
             f"cannot be renamed to {path.name} ({error.strerror}); move it away, or "
             "save into another folder",
             "output",
@@ -57,15 +61,30 @@ def make_way(final: Path, line: Line) -> Path | None:
         if occupant.committed:
             Run(final.parent).point(name, open_checkpoint(path))
 
+    _tell(occupant, path, is_lost)
+    return path
+
+
+def _tell(occupant: RunCheckpoint, path: Path, is_lost: bool) -> None:
+    """Logs that what had the name of a save has another one, and what it is."""
+    final = occupant.folder
+    if is_lost:
+        log.warning(
+            "%s is now %s: this training saves under its name. %s",
+            final,
+            path.name,
+            str(occupant.why).capitalize(),
+        )
+        return
+
     log.warning(
-        "%s of %s is now %s: this training saves under its name. It is whole as it "
-        "was, and no rule counts it; ckpt prune %s --others deletes it",
+        "%s of %s is now %s: this training saves under its name. Nothing in it was changed, "
+        "and no rule counts it; ckpt prune %s --others deletes it",
         final,
         _owner(occupant),
         path.name,
         final.parent,
     )
-    return path
 
 
 def _is_foreign(occupant: RunCheckpoint, line: Line) -> bool:

@@ -31,7 +31,7 @@ from ckpt.folders import leftovers, locks, replacing
 from ckpt.runs import pruning
 from ckpt.state import torch_file
 from converters.errors import CheckpointError
-from converters.storage import local
+from converters.storage import local, misplaced_files
 
 SIZE = 1 << 20  # bytes of the state that each rank writes and reads back
 PART = "part.pt"
@@ -121,9 +121,11 @@ def tried(run: Path, attempt: str) -> Iterator[None]:
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             remedy = "let this user write there, or name another folder"
 
-        raise CheckpointError(
-            f"{run}: {attempt} failed: {error.strerror}; {remedy}", "output"
-        ) from error
+        reason = error.strerror
+        if lost_link := misplaced_files.link(run).removeprefix("; "):
+            reason, remedy = lost_link, "bring that back (mount its disk), or name another folder"
+
+        raise CheckpointError(f"{run}: {attempt} failed: {reason}; {remedy}", "output") from error
 
 
 def _try_replacing(folder: Path) -> None:

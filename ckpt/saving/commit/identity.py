@@ -69,7 +69,8 @@ def line_in(folder: Path, step: int) -> Line:
     """The line of a training at ``step`` that goes
     on from the run in ``folder``; new without one.
 
-    The checkpoint is the newest up to that step, of the line that saved last.
+    The checkpoint is the newest up to that step, of the line that saved last. Where
+    none is committed, the training has loaded one that was written without ckpt.
     """
     checkpoints = Run(folder).checkpoints() if folder.is_dir() else []
     older_manifests = [
@@ -78,7 +79,7 @@ def line_in(folder: Path, step: int) -> Line:
         if checkpoint.manifest and checkpoint.manifest.step <= step
     ]
     if not older_manifests:
-        return Line.begin()
+        return Line.go_on(None, step) if step else Line.begin()
     return Line.go_on(older_manifests[-1], older_manifests[-1].step)
 
 

@@ -230,6 +230,10 @@ def test_a_link_that_leads_nowhere_gets_another_name_and_is_said(
     assert path is not None and path.name == "checkpoint-4.foreign" and path.is_symlink()
     assert "It is a link to ../disk/checkpoint-4, which is not there" in caplog.text
 
+    # as Lightning's last.ckpt, whose checkpoint was deleted in its turn
+    (tmp_path / "last.ckpt").symlink_to("step=2.ckpt")
+    assert collision.make_way(tmp_path / "last.ckpt", Line.begin()) is None
+
 
 def test_its_own_checkpoint_and_a_torn_one_are_replaced(tmp_path: Path) -> None:
     line = Line.begin()

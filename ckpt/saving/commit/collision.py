@@ -32,9 +32,13 @@ def make_way(final: Path, line: Line) -> Path | None:
     """Renames what is whole and not this run's at ``final``; returns its new path.
 
     Of a link that leads nowhere, to a disk that is not mounted perhaps, nobody knows
-    whose it is. ``None``: there is nothing of that kind. ``CheckpointError`` if it
-    cannot be renamed; then it is untouched.
+    whose it is. ``None``: there is nothing of that kind, or a link to another one of the
+    same folder, such as Lightning's last.ckpt. ``CheckpointError`` if it cannot be
+    renamed; then it is untouched.
     """
+    if _names_neighbour(final):
+        return None
+
     is_lost = stores.is_dead_link(final)
     if not is_lost and not final.is_dir():
         return None
@@ -63,6 +67,14 @@ def make_way(final: Path, line: Line) -> Path | None:
 
     _tell(occupant, path, is_lost)
     return path
+
+
+def _names_neighbour(path: Path) -> bool:
+    """Whether a path is a link to what lies, or lay, beside it."""
+    if not path.is_symlink():
+        return False
+    target = os.path.abspath(path.parent / os.readlink(path))
+    return Path(target).parent == Path(os.path.abspath(path.parent))
 
 
 def _tell(occupant: RunCheckpoint, path: Path, is_lost: bool) -> None:

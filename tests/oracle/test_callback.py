@@ -20,9 +20,9 @@ def test_a_training_with_deepspeed_that_shows_none_is_not_passed_over_in_silence
     """As transformers before 4.50 did: nothing was committed, and the training ended well."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     counts = {"process_index": 0, "world_size": 1}
-    told = SimpleNamespace(deepspeed_plugin=object(), save_total_limit=None, **counts)
+    arguments = SimpleNamespace(deepspeed_plugin=object(), save_total_limit=None, **counts)
     with pytest.raises(CheckpointError, match=r"is AdamW, expected DeepSpeedOptimizerWrapper"):
-        hf.CheckpointCallback().on_train_begin(told, STATE, None, optimizer=optimizer)
+        hf.CheckpointCallback().on_train_begin(arguments, STATE, None, optimizer=optimizer)
 
 
 def begin_by_class(args: SimpleNamespace) -> None:

@@ -25,7 +25,6 @@ from converters.zero import stage3
 from converters.zero.experts import (
     auto_ep,
     expert_files,
-    expert_groups,
     folded_lanes,
     lane_sources,
     sub_groups,
@@ -35,6 +34,7 @@ from converters.zero.experts import (
 from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.experts.expert_files import ExpertFiles
 from converters.zero.experts.expert_groups import SharedGroup
+from converters.zero.experts.lane_sources import Shapes
 from converters.zero.experts.lanes import Lane, by_training_rank
 from converters.zero.files import state_files
 from converters.zero.files.state_files import State
@@ -92,17 +92,14 @@ def _stacks(place: Place, lanes: Sequence[Lane], layers: Sequence[AutoEPLayer]) 
     """The fp32 weights of all experts, from the optimizer files of all ranks."""
     states = by_training_rank([lane.ranks for lane in lanes])
     model = lanes[0].model
-    local_weights: dict[tuple[str, int], TensorRef] = {}
-    for group, shapes in lane_sources.with_shapes(model, expert_groups.matched_groups(states)):
-        if not group.name.has_experts:
-            continue
-        expert_groups.require_count(states[0], group)
-        for expert_rank in range(group.expert_ranks):
-            own_ranks = members(place, states, group, expert_rank, next(iter(shapes), ""))
-            local_shapes = auto_ep.local_shapes(model, layers, shapes, expert_rank, group)
-            flat = expert_groups.flat_group(states, group, own_ranks, local_shapes)
-            local_weights |= {(name, expert_rank): ref for name, ref in flat.masters().items()}
 
+    def part_of(
+        group: SharedGroup, shapes: Shapes, expert_rank: int
+    ) -> tuple[Sequence[int], Shapes]:
+        ranks = members(place, states, group, expert_rank, next(iter(shapes), ""))
+        return ranks, auto_ep.local_shapes(model, layers, shapes, expert_rank, group)
+
+    local_weights = lane_sources.expert_weights(states, model, part_of)
     return auto_ep.whole_stacks(model, layers, local_weights)
 
 

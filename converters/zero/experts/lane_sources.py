@@ -6,7 +6,7 @@ dealt out across them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from converters.detect.deepspeed import EXPERTS
 from converters.source import Place, Source, SourceTopology
@@ -22,6 +22,7 @@ from converters.zero.model_ranks.joined_source import Joined
 from converters.zero.naming.assemble import Parameters
 
 Weights = dict[str, TensorRef]
+Shapes = dict[str, Shape]
 
 
 def dense_weights(lane: Lane) -> Weights:
@@ -48,6 +49,30 @@ def with_shapes(
             "files are of two saves"
         )
     return list(zip(groups, shapes, strict=True))
+
+
+def expert_weights(
+    states: Sequence[State],
+    model: State,
+    part_of: Callable[[SharedGroup, Shapes, int], tuple[Sequence[int], Shapes]],
+) -> dict[tuple[str, int], TensorRef]:
+    """The fp32 weights of experts by name and expert rank, from the optimizer files of
+    all ranks.
+
+    ``part_of`` says of a group, its part of ``param_shapes`` and an expert rank which
+    ranks have them, and the shapes there.
+    """
+    local_weights: dict[tuple[str, int], TensorRef] = {}
+    for group, shapes in with_shapes(model, expert_groups.matched_groups(states)):
+        if not group.name.has_experts:
+            continue
+        expert_groups.require_count(states[0], group)
+        for expert_rank in range(group.expert_ranks):
+            ranks, local_shapes = part_of(group, shapes, expert_rank)
+            flat = expert_groups.flat_group(states, group, ranks, local_shapes)
+            local_weights |= {(name, expert_rank): ref for name, ref in flat.masters().items()}
+
+    return local_weights
 
 
 def of_lane(

@@ -32,6 +32,8 @@ from converters.zero.experts import (
     whole_optimizers,
 )
 from converters.zero.experts.expert_files import ExpertFiles
+from converters.zero.experts.expert_groups import SharedGroup
+from converters.zero.experts.lane_sources import Shapes
 from converters.zero.experts.lanes import Lane
 from converters.zero.files import state_files
 from converters.zero.files.state_files import State
@@ -111,16 +113,13 @@ def _expert_weights(members: Sequence[Lane], experts: ExpertFiles) -> Weights:
     states = lanes.by_training_rank([lane.ranks for lane in members])
     model = members[0].model
     is_block = expert_groups.is_block(model)
-    local_weights: dict[tuple[str, int], TensorRef] = {}
-    for group, shapes in lane_sources.with_shapes(model, expert_groups.matched_groups(states)):
-        if not group.name.has_experts:
-            continue
-        expert_groups.require_count(states[0], group)
-        for expert_rank in range(group.expert_ranks):
-            ranks = expert_groups.ranks_of(group, expert_rank, is_block)
-            flat = expert_groups.flat_group(states, group, ranks, shapes)
-            local_weights |= {(name, expert_rank): ref for name, ref in flat.masters().items()}
 
+    def part_of(
+        group: SharedGroup, shapes: Shapes, expert_rank: int
+    ) -> tuple[Sequence[int], Shapes]:
+        return expert_groups.ranks_of(group, expert_rank, is_block), shapes
+
+    local_weights = lane_sources.expert_weights(states, model, part_of)
     return flat_groups.numbered(model, local_weights, experts.tensors)
 
 

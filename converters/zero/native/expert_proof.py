@@ -10,17 +10,14 @@ from pathlib import Path
 
 from converters.errors import CheckpointError
 from converters.plan import Plan
-from converters.torch_files import object_graph
 from converters.words import numbers
 from converters.zero.experts import auto_ep
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging import experts, roots
-from converters.zero.merging.checkpoint import MergedCheckpoint
 from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import model_files, proof, reshard
 from converters.zero.native.expert_ranks import ExpertRanks
-from converters.zero.native.optimizer_files import with_loss_scale
 from converters.zero.native.target import TargetTopology
 from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 
@@ -66,26 +63,7 @@ def prove(
 
     provenance = proof.Provenance(native_plan, output)
     for dense, lane in zip(ranks.lanes, lanes, strict=True):
-        _prove_metadata(provenance, dense, lane)
+        apart = {roots.FOLDING}
+        reshard.verify_optimizer_files(provenance, dense, lane.ranks, reshard.LAYOUT, apart)
+        reshard.verify_model_files(provenance, dense, lane.model_paths, _DECIDED)
     return counts
-
-
-def _prove_metadata(
-    provenance: proof.Provenance, dense: MergedCheckpoint, lane: MergedCheckpoint
-) -> None:
-    """Compares what the files of a tensor-parallel rank have beside tensors."""
-    apart = {"optimizer_state_dict", "ds_config", roots.FOLDING}
-    for rank, state in enumerate(lane.ranks):
-        source_root = merged.optimizer_root(dense, rank)
-        result_root = object_graph.read_root(state.path)
-        proof.verify_metadata(provenance, source_root, result_root, apart, state.path)
-        source_path = reshard.rank_path(dense, rank)
-        source_state = with_loss_scale(reshard.optimizer_state(source_path, source_root))
-        result_state = with_loss_scale(reshard.optimizer_state(state.path, result_root))
-        proof.verify_metadata(provenance, source_state, result_state, reshard.LAYOUT, state.path)
-
-    source_paths = merged.model_paths(dense)
-    for rank, path in enumerate(lane.model_paths):
-        source_root = merged.model_root(dense, source_paths[rank % len(source_paths)])
-        result_root = object_graph.read_root(path)
-        proof.verify_metadata(provenance, source_root, result_root, _DECIDED, path)

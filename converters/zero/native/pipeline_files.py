@@ -27,7 +27,7 @@ from converters.zero.merging import checkpoint as merged
 from converters.zero.merging import pipeline, roots
 from converters.zero.merging.checkpoint import MergedCheckpoint
 from converters.zero.native import model_files, optimizer_files, proof, reshard
-from converters.zero.native.optimizer_files import SCALING, with_loss_scale
+from converters.zero.native.optimizer_files import SCALING
 from converters.zero.native.stage_layers import StageLayers
 from converters.zero.native.target import TargetTopology
 from converters.zero.param_groups import ParamGroup
@@ -208,15 +208,8 @@ def _prove_metadata(
 ) -> None:
     """Compares what the files of a stage have beside tensors."""
     decided_keys = reshard.LAYOUT | (set(SCALING) if topology.bf16 else set())
-    for rank, state in enumerate(result.stages[number].ranks):
-        source_root = merged.optimizer_root(checkpoint, rank)
-        result_root = object_graph.read_root(state.path)
-        apart = {"optimizer_state_dict", "ds_config"}
-        proof.verify_metadata(provenance, source_root, result_root, apart, state.path)
-        source_path = reshard.rank_path(checkpoint, rank)
-        source_state = with_loss_scale(reshard.optimizer_state(source_path, source_root))
-        result_state = with_loss_scale(reshard.optimizer_state(state.path, result_root))
-        proof.verify_metadata(provenance, source_state, result_state, decided_keys, state.path)
+    states = result.stages[number].ranks
+    reshard.verify_optimizer_files(provenance, checkpoint, states, decided_keys)
 
     path = result.stages[number].model.path
     source_root = {**object_graph.read_root(checkpoint.model.path), "optimizer": None}

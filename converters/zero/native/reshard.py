@@ -14,7 +14,7 @@ element of the source.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -229,24 +229,49 @@ def _prove(
     provenance = proof.Provenance(native_plan, output)
     decided_keys = LAYOUT | (set(SCALING) if topology.bf16 else set())
 
-    for rank, state in enumerate(result.ranks):
+    verify_optimizer_files(provenance, checkpoint, result.ranks, decided_keys)
+    model_paths = merged.model_paths(result, model_rank)
+    verify_model_files(provenance, checkpoint, model_paths, model_files.DECIDED)
+
+    return counts
+
+
+def verify_optimizer_files(
+    provenance: proof.Provenance,
+    checkpoint: Checkpoint,
+    states: Iterable[State],
+    decided_keys: set[str],
+    apart: Collection[str] = (),
+) -> None:
+    """Raises unless the optimizer files of all ranks have beside tensors what the
+    source has.
+
+    ``decided_keys`` of the optimizer's state may differ, and ``apart`` of the root.
+    """
+    ignored_keys = {"optimizer_state_dict", "ds_config", *apart}
+    for rank, state in enumerate(states):
         source_root = merged.optimizer_root(checkpoint, rank)
         result_root = object_graph.read_root(state.path)
-        apart = {"optimizer_state_dict", "ds_config"}
-        proof.verify_metadata(provenance, source_root, result_root, apart, state.path)
+        proof.verify_metadata(provenance, source_root, result_root, ignored_keys, state.path)
 
         source_path = rank_path(checkpoint, rank)
         source_state = with_loss_scale(optimizer_state(source_path, source_root))
         result_state = with_loss_scale(optimizer_state(state.path, result_root))
         proof.verify_metadata(provenance, source_state, result_state, decided_keys, state.path)
 
+
+def verify_model_files(
+    provenance: proof.Provenance,
+    checkpoint: Checkpoint,
+    paths: Iterable[Path],
+    decided_keys: set[str],
+) -> None:
+    """The same of the model files at ``paths``, in rank order."""
     source_paths = merged.model_paths(checkpoint)
-    for rank, path in enumerate(merged.model_paths(result, model_rank)):
+    for rank, path in enumerate(paths):
         source_root = merged.model_root(checkpoint, source_paths[rank % len(source_paths)])
         result_root = object_graph.read_root(path)
-        proof.verify_metadata(provenance, source_root, result_root, model_files.DECIDED, path)
-
-    return counts
+        proof.verify_metadata(provenance, source_root, result_root, decided_keys, path)
 
 
 def optimizer_state(path: Path, root: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -60,11 +60,11 @@ def run(seconds: float, seed: int, work: Path, say: Callable[[str], object]) -> 
     for index, training in enumerate(saves.TRAININGS):
         share = max(10.0, (end - time.monotonic()) / (len(saves.TRAININGS) - index))
         say(f"saves of two ranks, {training}, {share:.0f} s")
-        made = saves.run(saves.Attack(training, share, seed), work / f"saves-{training}")
-        total["findings"] += made.pop("findings")
-        total["by command"][f"save, {training}"] = made
+        result = saves.run(saves.Attack(training, share, seed), work / f"saves-{training}")
+        total["findings"] += result.pop("findings")
+        total["by command"][f"save, {training}"] = result
         for what in ("probes", "of", "operations"):
-            total[what] += made[what]
+            total[what] += result[what]
     return total
 
 
@@ -79,11 +79,11 @@ def every(notes: Path, work: Path, say: Callable[[str], object]) -> dict[str, An
     for training in saves.TRAININGS:
         path = notes / ("saves.jsonl" if training == "zero" else f"saves-{training}.jsonl")
         attack = saves.Attack(training, 6 * 3600, 1, notes=str(path.absolute()))
-        made = saves.run(attack, work / f"saves-{training}")
-        counts = f"{made['probes']} of {made['of']}, {made['operations']} operations"
+        result = saves.run(attack, work / f"saves-{training}")
+        counts = f"{result['probes']} of {result['of']}, {result['operations']} operations"
         by_command[f"save, {training}"] = counts
-        findings += made["findings"]
-        probes, of = probes + made["probes"], of + made["of"]
+        findings += result["findings"]
+        probes, of = probes + result["probes"], of + result["of"]
     with _commands(work) as everything:
         for index, (name, command) in enumerate(sorted(everything, key=_long)):
             probe = command(work / f"command-{index}")

@@ -77,7 +77,9 @@ SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_T
 PACKAGES = ("ckpt", "converters")  # of this repository, and the same for every rank
 THREADED = {"hf_xet", "tensorboard", "wandb"}  # start threads when they are imported
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL for ranks whose fellow has failed, as torchrun's
-NOTICE = 0.5  # seconds until the others get that SIGTERM: torchrun looks at its ranks now and then
+# Seconds until the others get that SIGTERM: torchrun looks at its ranks now and then. A test that
+# needs the last words of all ranks sets more by the environment variable of this name.
+NOTICE = 0.5
 PORT_DIGITS = 6
 LINGER = 1.0  # seconds that the warm process is there without anybody who asks
 PR_SET_PDEATHSIG = 1
@@ -394,7 +396,8 @@ def _run_ranks(launch: Launch, messages: int, modules: int) -> tuple[int, bool]:
             _be_rank(launch, rank, reading, messages, modules)  # does not return
         pids.append(pid)
     store = _start_store(writing, launch.ranks) if launch.elastic else None
-    code, hung = _wait(pids, launch.limit, messages)
+    notice = float(launch.environment.get("NOTICE", NOTICE))
+    code, hung = _wait(pids, launch.limit, notice, messages)
     del store
     return code, hung
 
@@ -408,7 +411,7 @@ def _start_store(writing: int, ranks: int) -> object:
     return store
 
 
-def _wait(pids: list[int], limit: float, messages: int) -> tuple[int, bool]:
+def _wait(pids: list[int], limit: float, notice: float, messages: int) -> tuple[int, bool]:
     running = dict(enumerate(pids))
     code, hung, kill_at = 0, False, time.monotonic() + limit
     pause, warn_at = 0.005, float("inf")
@@ -423,7 +426,7 @@ def _wait(pids: list[int], limit: float, messages: int) -> tuple[int, bool]:
                 how = signal.Signals(-exit_code).name if exit_code < 0 else f"exit {exit_code}"
                 os.write(messages, f"warm_ranks: rank {rank} (process {pid}): {how}\n".encode())
             if exit_code and not code:
-                code, warn_at = 1, time.monotonic() + NOTICE
+                code, warn_at = 1, time.monotonic() + notice
                 kill_at = min(kill_at, warn_at + GRACE)
         if time.monotonic() > warn_at:
             warn_at = float("inf")

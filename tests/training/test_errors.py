@@ -18,7 +18,8 @@ LIMIT = 900  # seconds; it takes 30, and minutes more where an extension is comp
 
 
 def test_the_sentence_of_a_failure_is_printed_at_most_twice(tmp_path: Path) -> None:
-    said = torchrun("tests/workers/errors_worker.py", tmp_path, ranks=RANKS, limit=LIMIT, code=1)
+    worker = "tests/workers/errors_worker.py"
+    said = torchrun(worker, tmp_path, ranks=RANKS, limit=LIMIT, code=1, NOTICE="60")
     told = [json.loads((tmp_path / f"told{rank}.json").read_text()) for rank in range(RANKS)]
     for case in told[0]:
         texts = [told[rank][case][0] for rank in range(RANKS)]

@@ -204,7 +204,7 @@ def test_asked_to_stop_all_ranks_save_the_same_step_once(kind: str, tmp_path: Pa
 def test_the_end_of_the_process_finishes_a_save_or_fails(tmp_path: Path) -> None:
     torchrun(WORKER, tmp_path / "well", "ends", limit=LIMIT, END="well")
     assert [c.step for c in Run(tmp_path / "well/run").checkpoints() if c.committed] == [1, 2]
-    said = torchrun(WORKER, tmp_path / "bad", "ends", limit=LIMIT, code=1, END="bad")
+    said = torchrun(WORKER, tmp_path / "bad", "ends", limit=LIMIT, code=1, END="bad", NOTICE="60")
     assert said.count("ckpt: save failed on rank 1: ") == 2 and "exit 1" in said
     assert [c.step for c in Run(tmp_path / "bad/run").checkpoints()] == [1]
 

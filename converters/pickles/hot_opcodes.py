@@ -26,7 +26,7 @@ from converters.pickles.machine import ENTRY_BYTES, MARK, Machine
 from converters.pickles.values import TypedRecord
 
 TAIL_BYTES = 16  # more than any opcode with an operand of fixed size takes
-_U16, _I32 = (Struct(layout).unpack_from for layout in ("<H", "<i"))
+_U16, _I32, _U32 = (Struct(layout).unpack_from for layout in ("<H", "<i", "<I"))
 _OBJECT_BEGINS = b"\x81\x94}\x94("
 _CALL_WITH_IT = b"\x94\x85\x94R"
 _ONE_TUPLE_BYTES, _DICT_BYTES = getsizeof((None,)), getsizeof({})
@@ -60,6 +60,57 @@ def _long(machine: Machine, position: int) -> int:
 
     machine.stack.append(int.from_bytes(machine.data[position + 1 : end], "little", signed=True))
     return end
+
+
+def _text(machine: Machine, position: int) -> int:
+    machine.position = position + 4
+    machine.stack.append(machine.text(_U32(machine.data, position)[0]))
+    return machine.position
+
+
+def _false(machine: Machine, position: int) -> int:
+    machine.stack.append(False)
+    return position
+
+
+def _put(machine: Machine, position: int) -> int:
+    index = machine.data[position]
+    machine.position = position + 1
+    if index < len(machine.requested) and not machine.requested[index]:
+        machine.puts += 1
+    else:
+        machine.put(index)
+    return position + 1
+
+
+def _long_put(machine: Machine, position: int) -> int:
+    index = _U32(machine.data, position)[0]
+    machine.position = position + 4
+    if index < len(machine.requested) and not machine.requested[index]:
+        machine.puts += 1
+    else:
+        machine.put(index)
+    return position + 4
+
+
+def _tuple_since_mark(machine: Machine, position: int) -> int:
+    machine.position = position
+    items = tuple(machine.since_mark())
+    machine.charge(getsizeof(items))
+    machine.stack.append(items)
+    return position
+
+
+def _reduce(machine: Machine, position: int) -> int:
+    machine.position = position
+    machine.reduce()
+    return position
+
+
+def _persist(machine: Machine, position: int) -> int:
+    machine.position = position
+    machine.persist()
+    return position
 
 
 def _mark(machine: Machine, position: int) -> int:
@@ -173,6 +224,13 @@ def _set_items(machine: Machine, position: int) -> int:
 
 _OPERATIONS: dict[bytes, Operation] = {
     b"N": _none,
+    b"\x89": _false,
+    b"X": _text,
+    b"q": _put,
+    b"r": _long_put,
+    b"t": _tuple_since_mark,
+    b"R": _reduce,
+    b"Q": _persist,
     b"M": _u16,
     b"J": _i32,
     b"\x8a": _long,

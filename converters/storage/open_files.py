@@ -12,9 +12,10 @@ is opened and parsed again.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,6 +299,24 @@ def once_a_command(key: Hashable, compute: Callable[[], _Value]) -> _Value:
         files.computed[key] = compute()
 
     return cast(_Value, files.computed[key])
+
+
+def once_for(inputs: Sequence[object], key: Hashable, compute: Callable[[], _Value]) -> _Value:
+    """The value that ``compute`` makes of these very objects.
+
+    Of each ``key`` the last value is kept until the command ends.
+    """
+    files = _current.files
+    if files is None:
+        return compute()
+
+    known_inputs, value = files.computed.get(key, ((), None))
+    if len(known_inputs) == len(inputs) and all(map(operator.is_, known_inputs, inputs)):
+        return cast(_Value, value)
+
+    result = compute()
+    files.computed[key] = (tuple(inputs), result)
+    return result
 
 
 def read_extent(extent: Extent) -> bytes:

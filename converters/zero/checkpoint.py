@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from converters import options, quantized
@@ -122,9 +123,10 @@ def read_files(
     if not rank_files and (files.partitioned or has_partitions(model_files[0])):
         raise no_optimizer_files(place)
 
-    parameters = _parameters(place, stage, model_files, rank_files)
     sources = [*model_files, *rank_files]
-    weights = quantized.marked(assemble(model_files[0], parameters, sources))
+    read_weights = partial(_weights, place, stage, model_files, rank_files)
+    files_read = [state.file for state in sources]
+    parameters, weights = open_files.once_for(files_read, "weights", read_weights)
     step = model_files[0].root.get("global_steps")
 
     return Checkpoint(
@@ -203,7 +205,8 @@ def _require_ranks(
     rank_count = optimizer_count or len(files.partitioned)
     missing_ranks: list[int] = []
     # the weights need no other model file where nothing is frozen
-    if not require_all and 0 in files.partitioned and _nothing_frozen(model):
+    nothing_frozen = not model.root.get("frozen_param_shapes")
+    if not require_all and 0 in files.partitioned and nothing_frozen:
         missing_ranks = sorted(set(range(rank_count)) - set(files.partitioned))
 
     present_ranks = {*files.partitioned, *missing_ranks}
@@ -216,6 +219,15 @@ def _require_ranks(
         f"the {all_ranks.missing_files(place, file_kind, missing_ranks)}: a "
         "resume needs them, the weights do not, since nothing is frozen"
     ]
+
+
+def _weights(
+    place: Place, stage: int, model_files: Sequence[State], rank_files: Sequence[State]
+) -> tuple[Parameters, Weights]:
+    """What is known of the parameters, and all names of the state dict."""
+    parameters = _parameters(place, stage, model_files, rank_files)
+    weights = assemble(model_files[0], parameters, [*model_files, *rank_files])
+    return parameters, quantized.marked(weights)
 
 
 def _parameters(
@@ -254,11 +266,6 @@ def excludes_frozen(stage: int, model: State) -> bool:
     Then it may lack weights that it does not name.
     """
     return stage >= 2 and model.root.get("frozen_param_shapes", ()) is None
-
-
-def _nothing_frozen(model: State) -> bool:
-    """Whether the model files of other ranks have nothing that this one has not."""
-    return not model.root.get("frozen_param_shapes")
 
 
 def _partitioned_models(paths: Sequence[Path]) -> list[State]:

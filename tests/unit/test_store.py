@@ -159,6 +159,26 @@ def test_a_file_that_was_replaced_is_read_again(tmp_path: Path) -> None:
         assert raised.value.kind == "incomplete"
 
 
+def test_what_is_made_of_files_is_made_once_until_one_is_another(tmp_path: Path) -> None:
+    paths = files_of(tmp_path, 2)
+    results: list[bytes] = []
+
+    def join() -> bytes:
+        results.append(b"".join(value_of(path).data for path in paths))
+        return results[-1]
+
+    def joined() -> bytes:
+        return open_files.once_for([value_of(path) for path in paths], "joined", join)
+
+    assert joined() == joined() and len(results) == 2
+    with open_files.once():
+        assert joined() is joined() and len(results) == 3
+        (tmp_path / "new").write_bytes(b"replaced")
+        os.replace(tmp_path / "new", paths[1])
+        assert joined() == b"00000000replaced" and len(results) == 4
+    assert joined() == results[3] and len(results) == 5
+
+
 def test_other_threads_have_files_of_their_own(tmp_path: Path) -> None:
     (path,) = files_of(tmp_path, 1)
     values: list[Value] = []

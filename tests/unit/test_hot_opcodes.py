@@ -24,9 +24,9 @@ from converters.torch_files.rebuild import BUILDERS
 
 SIZES = torch.Size([3, 70_000])
 VALUES = [
-    {"a": [1, 300, 70_000, -5, 1 << 40, 1 << 200, None, True, False, "text"], 2: {"b": (1, (2, 3))}},
+    {"a": [1, 300, 70_000, -5, 1 << 40, 1 << 200, None, True, 2.5, "text"], 2: {"b": (1, (2, 3))}},
     [MetadataIndex(f"name{n % 7}", torch.Size([n, 0]), n) for n in range(400)],
-    [ChunkStorageMetadata(SIZES, torch.Size([n])) for n in range(300)] + [SIZES] * 3,
+    [ChunkStorageMetadata(SIZES, torch.Size([n])) for n in range(300)] + [SIZES] * 3 + [False],
 ]
 
 

@@ -202,8 +202,9 @@ def parse_size(size_or_text: str | float) -> ParsedSize:
     is_number = isinstance(size_or_text, int)
     if not parts[2] and not parts[4] and size < (_MIN_NUMBER if is_number else _MIN_PLAIN_TEXT):
         unit = "GB" if size < 100 else "MB"
-        in_bytes = f", or {text}B" if str(size) == text else ""  # there is no half of a byte
-        raise ValueError(f"{text} is {size} bytes; write {text}{unit} if you mean that{in_bytes}")
+        if str(size) != text:  # there is no half of a byte
+            raise ValueError(f"{text} has no unit; write {text}{unit} if you mean that")
+        raise ValueError(f"{text} is {size} bytes; write {text}{unit} if you mean that, or {text}B")
     return ParsedSize(size)
 
 

@@ -12,7 +12,7 @@ MAX_MESSAGE_LENGTH = 4000  # characters of a message
 
 _FEW_FILES = "raise the limit of open files (ulimit -n 4096)"
 _UNMAPPED = "failed to map segment"  # of a library, as the loader of Linux says it
-_NO_ROOM = "make room there, or name another folder"
+_NO_ROOM = "make room there"
 _SHORTAGES = {
     errno.EMFILE: _FEW_FILES,
     errno.ENFILE: _FEW_FILES,

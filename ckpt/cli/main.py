@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import traceback
 from importlib import import_module
@@ -120,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     from converters import options
     from converters.errors import CheckpointError, shortage
 
+    _replace_closed_streams()
     arguments = sys.argv[1:] if argv is None else argv
     # Commands make few circles; looking for them so often takes 8 % of the time of a
     # small one.
@@ -147,6 +149,26 @@ def main(argv: list[str] | None = None) -> None:
         name = type(error).__name__
         line = f"{name}: this is a bug of ckpt {__version__}; please report it with the lines above"
         _fail(line, "bug", as_json="--json" in arguments)
+
+
+def _replace_closed_streams() -> None:
+    """Gives a command that was started without stdin, stdout or stderr the null device.
+
+    Daemons start programs so. Else the first file that is opened would be what libraries
+    take for one of these three.
+    """
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    if all(stream is not None for stream in streams):
+        return
+
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.dup(descriptor)
+    os.close(descriptor)
+    sys.stdin, sys.stdout, sys.stderr = (
+        stream or os.fdopen(number, "r" if number == 0 else "w")
+        for number, stream in enumerate(streams)
+    )
 
 
 def _aftermath(error: BaseException) -> str:

@@ -25,6 +25,13 @@ def test_python_m_ckpt_is_the_same_command() -> None:
     assert done.stdout.startswith("ckpt, version ")
 
 
+def test_a_command_needs_no_stdin_and_no_stderr(tmp_path: Path) -> None:
+    line = f'"{sys.executable}" -m ckpt to-fp32 "{SOURCE}" -o "{tmp_path}/model" <&- 2>&-'
+    done = subprocess.run(["sh", "-c", line], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and "verified: " in done.stdout
+    assert (tmp_path / "model/model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -150,7 +150,7 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
     from ckpt.cli.results.upkeep import DoctorResult, FindingEntry
 
     lines = [
-        f"mended\t{finding.path}: {finding.what}; --fix: {finding.remedy}" for finding in mended
+        f"mended\t{finding.path}: {finding.what}; done: {finding.remedy}" for finding in mended
     ]
     for finding in diagnosis.findings:
         remedy = f"; --fix: {finding.remedy}" if finding.remedy else ""
@@ -174,6 +174,7 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
 
 def _hints(run: Run, statuses: Sequence[CheckpointStatus]) -> list[str]:
     """Lines on what is no finding: what is not committed, copies, other trainings."""
+    from ckpt.runs import user_paths
     from ckpt.runs.states import copies, listing, trainings
     from ckpt.runs.upkeep.uncommitted_findings import adoption_hint
 
@@ -186,6 +187,7 @@ def _hints(run: Run, statuses: Sequence[CheckpointStatus]) -> list[str]:
     lines = (*adoption_hint(saved, run.path), *copies.remarks(copied), *remarks)
     hints = [f"ckpt: {run.path}: {line}" for line in lines]
     hints += [f"ckpt: {line}" for line in listing.closed_lines(run.path)]
+    hints += [f"ckpt: {line}" for line in user_paths.torn_remarks(run.path)]
 
     return [*hints, *_latest_of_weights(run, statuses)]
 

@@ -87,43 +87,42 @@ def _slim(checkpoint: RunCheckpoint, force: bool) -> Planned:
 
     with planned.progress(slimming.proof_bytes(checkpoint), checkpoint.name) as advance:
         slimming_plan = slimming.plan(checkpoint, force, advance)
-    consequences = _consequences(checkpoint)
+    is_newest = slimming.is_newest(checkpoint)
 
     def execute(_: Progress) -> Output:
         slimming.execute(slimming_plan)
-        return _slimmed(slimming_plan, consequences, dry_run=False)
+        return _slimmed(slimming_plan, is_newest, dry_run=False)
 
     return Planned(
-        preview=lambda: _slimmed(slimming_plan, consequences, dry_run=True), execute=execute
+        preview=lambda: _slimmed(slimming_plan, is_newest, dry_run=True), execute=execute
     )
 
 
-def _consequences(checkpoint: RunCheckpoint) -> list[str]:
+def _loss_of_newest(folder: Path, dry_run: bool) -> str:
     """A line where the newest is slimmed, from which a job would go on."""
-    from ckpt.runs.upkeep import slim as slimming
     from converters.words import shell_word
 
-    if not slimming.is_newest(checkpoint):
-        return []
-    return [
-        f"ckpt: {checkpoint.name} is the newest committed one that training can go on from: "
+    was, could = ("is", "can") if dry_run else ("was", "could")
+    return (
+        f"ckpt: {folder.name} {was} the newest committed one that training {could} go on from: "
         "without its states a job that starts again takes another one, or stops if there is none "
-        f"(ckpt latest {shell_word(checkpoint.folder.parent)} says which)"
-    ]
+        f"(ckpt latest {shell_word(folder.parent)} says which)"
+    )
 
 
 def _slim_to_fp32(checkpoint: RunCheckpoint, force: bool, names: str) -> Planned:
+    from ckpt.runs.upkeep import slim as slimming
     from ckpt.weights.conversion import fp32_slimming
 
     plan = fp32_slimming.plan(checkpoint, force, names)
-    consequences = _consequences(checkpoint)
+    is_newest = slimming.is_newest(checkpoint)
 
     def execute(progress: Progress) -> Output:
         fp32_slimming.execute(plan, progress)
-        return _slimmed(plan.slimming, consequences, plan.files, dry_run=False)
+        return _slimmed(plan.slimming, is_newest, plan.files, dry_run=False)
 
     return Planned(
-        preview=lambda: _slimmed(plan.slimming, consequences, plan.files, dry_run=True),
+        preview=lambda: _slimmed(plan.slimming, is_newest, plan.files, dry_run=True),
         execute=execute,
         nbytes=plan.nbytes,
         title=checkpoint.name,
@@ -132,7 +131,7 @@ def _slim_to_fp32(checkpoint: RunCheckpoint, force: bool, names: str) -> Planned
 
 def _slimmed(
     slimming: Slimming,
-    consequences: Sequence[str],
+    is_newest: bool,
     files: Sequence[FileEntry] = (),
     *,
     dry_run: bool,
@@ -156,6 +155,9 @@ def _slimmed(
             f"ckpt: the fp32 masters went with the optimizer state; the weights here are {dtypes}"
         )
 
+    if is_newest:
+        notices.append(_loss_of_newest(folder, dry_run))
+
     return Output(
         SlimResult(
             dry_run=dry_run,
@@ -170,7 +172,7 @@ def _slimmed(
             *(f"{creation}\t{folder / file.name}" for file in files),
             *(f"{removal}\t{folder / name}" for name in slimming.removed),
         ],
-        [*notices, *consequences],
+        notices,
     )
 
 

@@ -57,6 +57,7 @@ def ls(run: Path, as_json: bool) -> None:
     result = listing.facts(Run(folder), rows)
     notices = [] if statuses else user_paths.absence(run, user_paths.EITHER)
     remarks = [*trainings.order_remarks(statuses, folder), *listings.closed_lines(run)]
+    remarks += user_paths.torn_remarks(folder) if statuses else []
     notices += [f"ckpt: {line}" for line in remarks]
     planned.show(Output(result, listing.lines(result.checkpoints), notices), as_json)
 

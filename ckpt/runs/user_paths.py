@@ -13,9 +13,16 @@ from pathlib import Path
 
 from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import manifest as manifests
-from ckpt.runs.checkpoint_folder import RunCheckpoint, later_save, open_checkpoint, order
+from ckpt.runs.checkpoint_folder import (
+    RunCheckpoint,
+    bytes_under,
+    later_save,
+    open_checkpoint,
+    order,
+)
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run
 from ckpt.runs.run import Run
+from ckpt.text import size
 from converters.detect import detect, sharded
 from converters.detect.deepspeed import UNIVERSAL
 from converters.detect.filenames import TRAINER_STATE
@@ -55,8 +62,7 @@ def instead(path: Path, expected: str, weights: str = "") -> CheckpointError:
 def torn_finding(path: Path) -> str | None:
     """That a folder holds torn checkpoints, which ``ckpt doctor --fix`` renamed;
     ``None`` where it holds none."""
-    names = sorted(os.listdir(path)) if path.is_dir() else []
-    torn_names = [name for name in names if _TORN.fullmatch(name)]
+    torn_names = _torn_names(path)
     if not torn_names:
         return None
     return (
@@ -64,6 +70,26 @@ def torn_finding(path: Path) -> str | None:
         f"torn; copy the whole {verb(len(torn_names), 'checkpoint', 'checkpoints')} here again, or "
         "begin a new training"
     )
+
+
+def torn_remarks(path: Path) -> list[str]:
+    """A line on the torn checkpoints in a run, which take room there."""
+    torn_names = _torn_names(path)
+    if not torn_names:
+        return []
+
+    nbytes = sum(bytes_under(path / name) for name in torn_names)
+    are = verb(len(torn_names), "is a torn checkpoint", "are torn checkpoints")
+    them = verb(len(torn_names), "it", "them")
+    return [
+        f"{path}: {some(torn_names)} ({size(nbytes)}) {are}, which ckpt doctor --fix renamed; "
+        f"delete {them} for room, or bring back the missing files and the name"
+    ]
+
+
+def _torn_names(path: Path) -> list[str]:
+    names = sorted(os.listdir(path)) if path.is_dir() else []
+    return [name for name in names if _TORN.fullmatch(name)]
 
 
 def absence(path: Path, expected: str) -> list[str]:

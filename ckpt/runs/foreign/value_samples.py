@@ -152,8 +152,12 @@ def compare_beside(source: Source) -> SampleComparison:
     if model is not None and model.setting("zero_optimization", "zenflow"):
         return SampleComparison(frozenset())
 
-    weights = replace(source.weights, copies={})
-    weights = gathered_16bit.attach(weights, source.place.root)[0]
+    from ckpt.weights.companions import surroundings
+    from ckpt.weights.conversion import layout
+    from ckpt.weights.reader.audience import Audience
+
+    audience = Audience(source.place.root, surroundings.config_of(source.place))
+    weights, _ = layout.attached(replace(source.weights, copies={}), audience)
     others = other_precisions(source.precision)
     copies = {name: copy for name, copy in weights.copies.items() if copy.dtype not in others}
     return _compared(replace(weights, copies=copies))

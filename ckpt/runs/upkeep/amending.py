@@ -25,6 +25,7 @@ from ckpt.runs.upkeep import slim
 from ckpt.runs.verify import may_be_edited
 from converters.errors import CheckpointError, unreadable
 
+_OPTIMIZER = "*optim_states.pt*"
 _STATE = (*slim.RESUME_ONLY, "trainer_state.json", "scaler.pt", "optimizer*")
 
 
@@ -124,25 +125,25 @@ def _taken_as_it_is(checkpoint: RunCheckpoint, manifest: Manifest) -> Amendment 
 def _weights_only(
     manifest: Manifest, remaining_files: Mapping[str, FileRecord], deleted_names: Collection[str]
 ) -> Amendment | None:
-    """The manifest of weights alone, if they are all there and the state is gone."""
-    weights_files = {
-        file_name: file
-        for file_name, file in remaining_files.items()
-        if not _is_state(file_name, manifest)
-    }
+    """The manifest of weights alone, if they are all there and the state is gone.
+
+    Without the optimizer's files no training goes on from the others. These stay listed,
+    since nobody has asked to delete them.
+    """
     weights_left = any(
         file_name.endswith((".safetensors", ".bin")) and is_spared(file_name, manifest)
-        for file_name in weights_files
+        for file_name in remaining_files
+        if not _is_state(file_name, manifest)
     )
     is_deleted = any(is_spared(name, manifest) for name in deleted_names)
     has_all_weights = weights_left and not is_deleted
-    is_state_gone = not any(
-        file_name.startswith(f"{manifest.tag}/") for file_name in remaining_files
-    )
+    states = [name for name in manifest.files if name.startswith(f"{manifest.tag}/")]
+    optimizer_states = [name for name in states if fnmatchcase(name, _OPTIMIZER)]
+    is_state_gone = not set(optimizer_states or states) & remaining_files.keys()
     if not has_all_weights or not is_state_gone:
         return None
 
-    new_manifest = replace(manifest, tier="weights", tag=None, files=weights_files)
+    new_manifest = replace(manifest, tier="weights", tag=None, files=remaining_files)
     return Amendment(new_manifest, "weights only")
 
 

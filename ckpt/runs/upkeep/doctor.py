@@ -38,7 +38,7 @@ from ckpt.runs.upkeep.pointer_findings import pointer_findings
 from ckpt.runs.upkeep.uncommitted_findings import uncommitted_findings, write_pointer
 from converters.errors import CheckpointError
 from converters.storage.system import flock
-from converters.words import counted, first, verb
+from converters.words import counted, first, shell_word, verb
 
 _STAGING_LOCKS = {".saving": filenames.LOCK, ".partial": PLAN, ".fp32": filenames.CONVERSION}
 
@@ -223,16 +223,23 @@ def _damaged_findings(checkpoint: RunCheckpoint) -> Iterator[Finding]:
 
 def _unfinished_slim(checkpoint: RunCheckpoint) -> Iterator[Finding]:
     leftover_names = slim.leftovers(checkpoint)
-    if leftover_names and not locks.in_use(checkpoint.folder):
-        file_count = f"{counted(len(leftover_names), 'file')} of the full checkpoint"
-        are_verb = verb(len(leftover_names), "is", "are")
+    if not leftover_names or locks.in_use(checkpoint.folder):
+        return
+
+    folder = checkpoint.folder
+    file_count = f"{counted(len(leftover_names), 'file')} of the full checkpoint"
+    are_verb = verb(len(leftover_names), "is", "are")
+    if checkpoint.is_slimmed:
         description = f"weights only, but {file_count} {are_verb} still there"
-        yield Finding(
-            checkpoint.folder,
-            description,
-            "remove them",
-            partial(_finish_slim, checkpoint),
-        )
+        yield Finding(folder, description, "remove them", partial(_finish_slim, checkpoint))
+        return
+
+    # somebody deleted the states by hand, and has brought some back
+    yield Finding(
+        folder,
+        f"weights only by its manifest, but {file_count} {are_verb} there; if all are back, delete "
+        f"{filenames.MANIFEST}: ckpt doctor {shell_word(folder)} --adopt then commits it whole",
+    )
 
 
 def _finish_slim(checkpoint: RunCheckpoint) -> None:

@@ -107,10 +107,15 @@ def counterparts(
     """Each tensor of the states with the one among the weights that has its values.
 
     ``adapter_folder`` has the configuration of an adapter of PEFT, if the weights are
-    one.
+    one. The weights of a model have the names and shapes of the running one, or those
+    that ``save_pretrained`` gives them.
     """
     if adapter_folder is None:
-        pairs = _of_model(source.weights, stored)
+        from ckpt.weights.conversion import layout
+
+        weights, stored = layout.in_memory(stored, source.weights, source.place)
+        source = replace(source, weights=weights)
+        pairs = _of_model(weights, stored)
     else:
         pairs = _of_adapter(source.weights, stored, adapter_folder)
 

@@ -9,7 +9,7 @@ name is not compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING
 from ckpt.runs import engines
 from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.states.verification import Verdict
+from ckpt.text import size
 from converters import detect
 from converters.detect.deepspeed import EXPERTS, NATIVE
 from converters.detect.filenames import ADAPTER
 from converters.errors import CheckpointError
 from converters.formats import safetensors
 from converters.source import Source
+from converters.tensors import TensorRef
 from converters.words import counted
 from converters.zero.files.discovery import is_tag_folder
 
@@ -44,12 +46,14 @@ _EXPERTS_OF_ONE_RANK = (
 class WeightsComparison:
     """The weights in the file ``name``, and the states that they are compared with.
 
-    ``fault`` says of which tensor of experts a part is stored, if of any.
+    ``stored`` has all tensors of the file, of which some may have no counterpart. ``fault``
+    says of which tensor of experts a part is stored, if of any.
     """
 
     name: str
     source: Source
     pairs: tuple[Counterpart, ...]
+    stored: Mapping[str, TensorRef]
     fault: str | None = None
 
     @property
@@ -86,7 +90,8 @@ def plans(verdict: Verdict) -> list[WeightsComparison]:
 def plan(folder: Path, engine: str, tag: str) -> WeightsComparison | None:
     """The tensors that the states and the weights in an engine's folder have in common.
 
-    ``None`` without any; ``CheckpointError`` for what is of a form that is not compared.
+    ``None`` without such weights; ``CheckpointError`` for what is of a form that is not
+    compared.
     """
     model_folder = folder / engine
     is_adapter = (model_folder / ADAPTER).is_file()
@@ -109,12 +114,9 @@ def plan(folder: Path, engine: str, tag: str) -> WeightsComparison | None:
 
     pairs = kept_weights.counterparts(source, stored, model_folder if is_adapter else None)
     common_pairs = [pair for pair in pairs if pair.fault is None and pair.copies is not None]
-    if not common_pairs:
-        return None
-
     faults = [pair.fault for pair in pairs if pair.stored is not None and pair.fault is not None]
     fault = next(iter(faults), None) if source.kind == EXPERTS else None
-    return WeightsComparison(name, source, tuple(common_pairs), fault)
+    return WeightsComparison(name, source, tuple(common_pairs), stored, fault)
 
 
 def execute(
@@ -145,10 +147,10 @@ def compare(
     if not in_sample:
         from ckpt.runs.upkeep import kept_values
 
-        number = kept_values.require_same(
-            comparison.pairs, source.weights.checksums, _REMEDY, progress
-        )
-        return f"the values of {counted(number, 'tensor')} in {name} are those of the states"
+        if comparison.pairs:
+            checksums = source.weights.checksums
+            kept_values.require_same(comparison.pairs, checksums, _REMEDY, progress)
+        return _line_on_values(comparison)
 
     from ckpt.runs.foreign import value_samples
 
@@ -160,3 +162,39 @@ def compare(
         )
 
     return f"sampled values in {name} are those of the states" if sample.paths else None
+
+
+def _line_on_values(comparison: WeightsComparison) -> str:
+    """How many tensors have the values of the states, and how much was not compared."""
+    name, pairs = comparison.name, comparison.pairs
+    if not pairs:
+        return (
+            f"the values in {name} were not compared with the states, which have its tensors under "
+            "other names or in another form"
+        )
+
+    compared_refs = [pair.stored for pair in pairs if pair.stored is not None]
+    uncompared_bytes = _bytes_of(comparison.stored.values()) - _bytes_of(compared_refs)
+    # one tensor of a running model may be several of the file
+    number = len(pairs) if uncompared_bytes else len(comparison.stored)
+    line = f"the values of {counted(number, 'tensor')} in {name} are those of the states"
+    if not uncompared_bytes:
+        return line
+    return f"{line}; {size(uncompared_bytes)} more have no counterpart there and were not compared"
+
+
+def _bytes_of(tensors: Iterable[TensorRef]) -> int:
+    """Bytes of tensors in files, those of tied ones once."""
+    extents = sorted(
+        (str(extent.path), extent.offset, extent.offset + extent.length)
+        for tensor in tensors
+        for extent in tensor.extents
+    )
+    nbytes, last_path, last_end = 0, "", 0
+    for path, start, end in extents:
+        start = start if path != last_path else max(start, last_end)
+        nbytes += max(0, end - start)
+        last_end = end if path != last_path else max(end, last_end)
+        last_path = path
+
+    return nbytes

@@ -8,14 +8,19 @@ are looked for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+from ckpt.weights import parts
+from ckpt.weights.companions import surroundings
+from ckpt.weights.naming import naming
 from ckpt.weights.opening import model_names
 from ckpt.weights.output.product import Product
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.request import Request
 from converters.formats import gathered_16bit
-from converters.tensors import Weights
+from converters.source import Place
+from converters.tensors import TensorRef, Weights
 
 
 def in_layout(output: Product, audience: Audience, request: Request) -> Product:
@@ -55,6 +60,38 @@ def _prefix_notes(weights: Weights, architecture: str) -> list[str]:
         "writes it again; it is not written here, and transformers 4 may want it (docs/names.md)"
         for prefix in renames.removed_prefixes(architecture, weights.tensors.keys())
     ]
+
+
+def in_memory(
+    stored: Mapping[str, TensorRef], weights: Weights, place: Place
+) -> tuple[Weights, Mapping[str, TensorRef]]:
+    """The weights, and the tensors of a file beside them by the same names and shapes.
+
+    The file has the names of the running model, with or without what wrappers put into
+    them, or those of the Hub. The weights lose what wrappers put into their names where
+    the file is without.
+    """
+
+    def common_count(candidate: Weights) -> int:
+        return sum(name in stored for name in parts.every_name(candidate))
+
+    if stored.keys() <= set(parts.every_name(weights)):
+        return weights, stored
+
+    audience = Audience(place.root, surroundings.config_of(place))
+    unwrapped = naming.unwrapped(weights, audience).weights
+    weights = max(weights, unwrapped, key=common_count)
+    if audience.config is None or audience.custom:
+        return weights, stored
+
+    from ckpt.weights.layouts import hub_layout, probing
+
+    architecture = model_names.class_of(weights, audience)
+    layout = hub_layout.of(weights, audience.config, architecture)
+    if layout.rule is None or common_count(layout.weights) <= common_count(weights):
+        return weights, stored
+
+    return weights, probing.in_memory(stored, weights, audience.config, architecture)
 
 
 def attached(weights: Weights, audience: Audience) -> tuple[Weights, str | None]:

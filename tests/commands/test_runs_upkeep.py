@@ -410,6 +410,31 @@ def test_what_was_deleted_by_hand_is_taken_off_the_manifest(
     assert found(out) == {}
 
 
+def test_states_that_are_brought_back_are_not_deleted(
+    out: Run, later: Later, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = out.checkpoints()[0].folder
+    before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    shutil.move(folder / "global_step2", tmp_path / "elsewhere")
+    later()
+    run("doctor", out.path, "--fix")
+    shutil.move(tmp_path / "elsewhere", folder / "global_step2")
+    later()
+    run("doctor", out.path, "--fix", code=1)
+    said = capsys.readouterr().out
+    assert f"if all are back, delete manifest.json: ckpt doctor {folder} --adopt then" in said
+    assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+
+    (folder / "manifest.json").unlink()
+    run("doctor", folder, "--adopt", "--now")
+    assert open_checkpoint(folder).committed and open_checkpoint(folder).tier == "full"
+    for path in folder.glob("*/*optim_states.pt"):
+        path.unlink()
+    later()
+    run("doctor", out.path, "--fix")
+    assert open_checkpoint(folder).committed and open_checkpoint(folder).tier == "weights"
+
+
 def test_where_all_was_torn_no_command_names_what_was_set_aside(
     tmp_path: Path,
     later: Later,

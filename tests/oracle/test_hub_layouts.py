@@ -11,10 +11,12 @@ import pytest
 import torch
 import zero_folders
 from heavy_libraries import LateModule, transformers
-from oracles import ROOT
-from safetensors.torch import load_file
+from oracles import ROOT, run
+from run_folders import commit
+from safetensors.torch import load_file, save_file
 
 import ckpt
+from ckpt.runs.upkeep import slim
 from ckpt.weights.layouts import hub_layout, operations, table
 from ckpt.weights.layouts.operations import NotArrangedError, Setting
 from converters.computing import inputs
@@ -79,6 +81,30 @@ def test_every_tensor_is_as_save_pretrained_writes_it(name: str, tmp_path: Path)
     assert checks.compared_tensors + (checks.uncompared_buffers or 0) == len(expected)
     with ckpt.open(checkpoint, layout="hub") as opened:
         assert all(torch.equal(opened[key], value) for key, value in expected.items())
+
+
+def test_weights_in_the_layout_of_the_hub_are_compared_with_the_states(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = model_of("MixtralForCausalLM")
+    checkpoint_of(model, folder := tmp_path / "checkpoint-2", stage=3)
+    model.bfloat16().save_pretrained(folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    run("verify", commit(folder, 2).folder, "--data")
+    line = f"the values of {len(tensors)} tensors in model.safetensors are those of the states\n"
+    assert capsys.readouterr().out.endswith(line)
+    slim.plan(commit(folder, 2), force=True)
+
+    save_file(tensors | {"adapter.scale": torch.ones(3)}, path)
+    run("verify", commit(folder, 2).folder, "--data")
+    assert "of the states; 12 B more have no counterpart there" in capsys.readouterr().out
+
+    name = "model.layers.1.block_sparse_moe.experts.1.w3.weight"
+    save_file(tensors | {name: tensors[name] + 1}, path)
+    for options in (["--data"], ["--sample", "50%"]):
+        run("verify", commit(folder, 2).folder, *options, code=1)
+        assert "holds other values of model.layers.1.mlp.experts.gate" in capsys.readouterr().out
 
 
 def test_the_layout_of_the_running_model_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ file is asked in many places.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -143,21 +143,23 @@ def remedy_of(source: Source, path: Path) -> str:
     return f"{why}; bring back the files of one save{way}"
 
 
-def compare_beside(source: Source) -> SampleComparison:
+def compare_beside(
+    source: Source, attach: Callable[[Weights], Weights] | None = None
+) -> SampleComparison:
     """The same with the weights that a trainer saved beside DeepSpeed's files.
 
-    Nothing with ZenFlow, whose fp32 weights lag behind.
+    ``attach`` gives the weights the copies beside them; without it those of the same
+    names. Nothing with ZenFlow, whose fp32 weights lag behind.
     """
     model = source.model if isinstance(source, Checkpoint) else None
     if model is not None and model.setting("zero_optimization", "zenflow"):
         return SampleComparison(frozenset())
 
-    from ckpt.weights.companions import surroundings
-    from ckpt.weights.conversion import layout
-    from ckpt.weights.reader.audience import Audience
-
-    audience = Audience(source.place.root, surroundings.config_of(source.place))
-    weights, _ = layout.attached(replace(source.weights, copies={}), audience)
+    weights = replace(source.weights, copies={})
+    if attach is None:
+        weights, _ = gathered_16bit.attach(weights, source.place.root)
+    else:
+        weights = attach(weights)
     others = other_precisions(source.precision)
     copies = {name: copy for name, copy in weights.copies.items() if copy.dtype not in others}
     return _compared(replace(weights, copies=copies))

@@ -111,15 +111,33 @@ def counterparts(
     that ``save_pretrained`` gives them.
     """
     if adapter_folder is None:
-        from ckpt.weights.conversion import layout
-
-        weights, stored = layout.in_memory(stored, source.weights, source.place)
-        source = replace(source, weights=weights)
-        pairs = _of_model(weights, stored)
+        source, stored = _in_one_layout(source, stored)
+        pairs = _of_model(source.weights, stored)
     else:
         pairs = _of_adapter(source.weights, stored, adapter_folder)
 
     return _as_computed_with(_newest_values(list(pairs), source), source)
+
+
+def _in_one_layout(
+    source: Source, stored: Mapping[str, TensorRef]
+) -> tuple[Source, Mapping[str, TensorRef]]:
+    """The states and the weights of a model under the same names, where these are known."""
+    names = {*source.weights.tensors, *source.weights.aliases}
+    if stored.keys() <= names:
+        return source, stored
+
+    from ckpt.weights.companions import surroundings
+    from ckpt.weights.layouts import stored_copies
+    from ckpt.weights.naming import naming
+    from ckpt.weights.reader.audience import Audience
+
+    audience = Audience(source.place.root, surroundings.config_of(source.place))
+    weights = naming.unwrapped(source.weights, audience).weights
+    if len(stored.keys() & weights.tensors.keys()) > len(stored.keys() & names):
+        source = replace(source, weights=weights)
+
+    return source, stored_copies.in_memory(stored, source.weights, audience)
 
 
 def _stored(path: Path) -> Mapping[str, TensorRef]:

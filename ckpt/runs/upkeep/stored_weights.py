@@ -153,8 +153,14 @@ def compare(
         return _line_on_values(comparison)
 
     from ckpt.runs.foreign import value_samples
+    from ckpt.weights.companions import surroundings
+    from ckpt.weights.layouts import stored_copies
+    from ckpt.weights.reader.audience import Audience
 
-    sample = value_samples.compare_beside(source)
+    audience = Audience(source.place.root, surroundings.config_of(source.place))
+    sample = value_samples.compare_beside(
+        source, lambda weights: stored_copies.attached(weights, audience)[0]
+    )
     if sample.contradiction is not None:
         tensor_name, _, copy_path = sample.contradiction
         raise CheckpointError(

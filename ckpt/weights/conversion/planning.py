@@ -9,6 +9,7 @@ from ckpt.weights.adapters.adapter_folder import Adapter
 from ckpt.weights.companions import surroundings
 from ckpt.weights.companions.surroundings import Surroundings
 from ckpt.weights.conversion import layout
+from ckpt.weights.layouts import stored_copies
 from ckpt.weights.naming import naming, packed, sentence_transformers
 from ckpt.weights.naming.naming import NamedWeights
 from ckpt.weights.opening import model_names
@@ -166,7 +167,7 @@ def _proven(output: Product, source: Source, audience: Audience) -> Product:
         return replace(output, proof=source.record, strict=source.of_one_save)
 
     root = source.place.root
-    weights, name = layout.attached(output.weights, audience)
+    weights, name = stored_copies.attached(output.weights, audience)
     parts = [
         replace(part, weights=gathered_16bit.attach(part.weights, root / part.folder)[0])
         for part in output.parts

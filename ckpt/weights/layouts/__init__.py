@@ -1,6 +1,7 @@
 """The layout that ``save_pretrained`` gives to weights,
 where a model runs with another one.
 
+stored_copies  copies of weights in a file beside a checkpoint
 hub_layout  weights in the layout of the Hub
 evidence    whether names are those of a running model or of a file
 probing     copies that lie in the layout of the Hub, as the model has them

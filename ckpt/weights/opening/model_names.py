@@ -12,7 +12,6 @@ from ckpt.weights.naming.naming import NamedWeights
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.request import Request
 from converters.options import NAMES
-from converters.tensors import Weights
 
 if TYPE_CHECKING:
     from ckpt.weights.layouts.hub_layout import HubLayout
@@ -66,12 +65,3 @@ def origins(layout: HubLayout, renamed: Mapping[str, str]) -> dict[str, str]:
     }
 
     return unchanged | origins
-
-
-def class_of(weights: Weights, audience: Audience) -> str | None:
-    """The class that config.json names, or the one of its type that the names fit."""
-    if audience.architecture is not None:
-        return audience.architecture
-
-    match = audience.best(parts.read_names(weights), bridged=True)
-    return None if match is None or match.foreign else match.reader.name

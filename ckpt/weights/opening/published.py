@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ckpt.weights.layouts import hub_layout
 from ckpt.weights.layouts.hub_layout import HubLayout
-from ckpt.weights.opening import model_names
 from ckpt.weights.reader.audience import Audience
 from converters.errors import CheckpointError
 from converters.source import Source
@@ -19,7 +18,7 @@ def of(weights: Weights, source: Source, audience: Audience) -> HubLayout:
     if audience.custom:
         raise _unknown(source, "the model is code of its own (auto_map), which is not run")
 
-    layout = hub_layout.of(weights, config, model_names.class_of(weights, audience))
+    layout = hub_layout.of(weights, config, audience.class_of(weights))
     if layout.obstacle is not None:
         raise _unknown(source, layout.obstacle)
     return layout

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ckpt.weights import parts
 from ckpt.weights.companions import model_folder
 from ckpt.weights.reader import table
 from ckpt.weights.reader.fit import Fit
@@ -110,6 +111,14 @@ class Audience:
             candidates = [*table.readers_of_type(kind)] if isinstance(kind, str) else []
 
         return tuple(each for each in candidates if each and not each.foreign_part(config))
+
+    def class_of(self, weights: Weights) -> str | None:
+        """The class that config.json names, or the one of its type that the names fit."""
+        if self.architecture is not None:
+            return self.architecture
+
+        match = self.best(parts.read_names(weights), bridged=True)
+        return None if match is None or match.foreign else match.reader.name
 
     def best(self, names: Iterable[str], bridged: bool = False) -> Match | None:
         """The class that names fit best; ``None`` if none is known.

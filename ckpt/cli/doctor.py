@@ -277,12 +277,14 @@ def _remarks(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
 def _without_latest(path: Path, outcomes: Sequence[AdoptionOutcome]) -> list[str]:
     """A line on what comes next,
     where a run has committed checkpoints now and no ``latest``."""
+    from ckpt.runs.recognition import is_named_by_accelerate
     from ckpt.runs.run import Run
     from ckpt.runs.states import listing
     from converters.words import shell_word
 
-    is_adopted = any(outcome.adopted for outcome in outcomes)
-    if not is_adopted or listing.is_single(path) or Run(path).target("latest") is not None:
+    adopted_folders = [outcome.folder for outcome in outcomes if outcome.adopted]
+    is_accelerates = all(map(is_named_by_accelerate, adopted_folders))
+    if is_accelerates or listing.is_single(path) or Run(path).target("latest") is not None:
         return []
     return [
         f"ckpt: {path} has no file latest, by which DeepSpeed finds the newest one; "

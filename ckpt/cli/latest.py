@@ -125,23 +125,16 @@ def _best(run: Run) -> tuple[RunCheckpoint, Proof | None]:
 def _best_of_trainer(run: Run) -> CheckpointStatus | None:
     """The best checkpoint by the trainer_state.json of the newest that has one; ``None`` if
     it names none that is here and whole."""
-    from ckpt.runs.foreign import histories
+    from ckpt.runs.recognition import trainers_best
     from ckpt.runs.run import order
     from ckpt.runs.states import listing
     from ckpt.runs.states.status import status_of
-    from converters.detect.filenames import TRAINER_STATE
 
     present = sorted(listing.checkpoints_in(run.path), key=order, reverse=True)
-    for checkpoint in present:
-        if not (checkpoint.folder / TRAINER_STATE).is_file():
-            continue
-        path_text = histories.trainer_state(checkpoint.folder).get("best_model_checkpoint")
-        name = Path(path_text).name if isinstance(path_text, str) else None
-        best = next((entry for entry in present if entry.name == name), None)
-        status = status_of(best) if best is not None else None
-        return status if status is not None and status.whole else None
-
-    return None
+    name = trainers_best(checkpoint.folder for checkpoint in present)
+    best = next((entry for entry in present if entry.name == name), None)
+    status = status_of(best) if best is not None else None
+    return status if status is not None and status.whole else None
 
 
 def _designated(run: Run, designation: str) -> RunCheckpoint:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from ckpt.cli.results.runs import CheckpointEntry, ListResult, UntouchedEntry
 from ckpt.folders import locks
 from ckpt.runs import lineage
-from ckpt.runs.run import POINTERS, Run, RunCheckpoint, members
+from ckpt.runs.recognition import trainers_best
+from ckpt.runs.run import POINTERS, Run, RunCheckpoint, members, order
 from ckpt.runs.states import copies
 from ckpt.runs.states.copies import Originals
 from ckpt.runs.states.status import (
@@ -29,6 +30,10 @@ def facts(run: Run, statuses: Sequence[CheckpointStatus]) -> ListResult:
     line_members = members(status.checkpoint for status in statuses)
     copied = copies.originals([status.checkpoint for status in statuses])
     pointer_targets = {name: (run.target(name) or "").partition("/")[0] for name in POINTERS}
+    checkpoints = sorted((status.checkpoint for status in statuses), key=order, reverse=True)
+    pointer_targets["best"] = pointer_targets["best"] or (
+        trainers_best(checkpoint.folder for checkpoint in checkpoints) or ""
+    )
 
     return ListResult(
         run.path,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from ckpt.folders import filenames, locks
+from ckpt.runs.recognition import trainers_best
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint
+from converters.detect.filenames import TRAINER_STATE
 from converters.errors import CheckpointError
 from converters.storage import local
 
@@ -62,6 +65,18 @@ def _naming_pointer(folder: Path) -> str | None:
         ),
         None,
     )
+
+
+def pointers(run: Run, newest_first: Iterable[Path]) -> dict[str | None, str]:
+    """What names a folder of the run: ``best`` or ``latest``, or the Trainer's state.
+
+    Without ``best`` that is which the Trainer calls its best: its state names it still.
+    """
+    texts = {name: text for name in POINTERS[::-1] if (text := run.target(name))}
+    names: dict[str | None, str] = {pointed(run, text): name for name, text in texts.items()}
+    if "best" not in texts:
+        names.setdefault(trainers_best(newest_first), TRAINER_STATE)
+    return names
 
 
 def pointed(run: Run, text: str) -> str:

@@ -22,16 +22,16 @@ from dataclasses import dataclass, replace
 
 from ckpt.folders import filenames, locks
 from ckpt.runs import lineage, renaming
-from ckpt.runs.deletion import DELETED, delete, is_trash, pointed, remove, trash
+from ckpt.runs.deletion import DELETED, delete, is_trash, pointers, remove, trash
 from ckpt.runs.lineage import Line
 from ckpt.runs.recognition import is_numbered, is_set_aside
 from ckpt.runs.retention import Candidate, Retention
 from ckpt.runs.run import (
-    POINTERS,
     Run,
     RunCheckpoint,
     members,
     of_line,
+    order,
     original_of,
     without_derived,
 )
@@ -52,7 +52,6 @@ __all__ = [
     "pin",
     "plan",
     "plan_others",
-    "pointed",
     "prune",
     "prune_others",
     "remove",
@@ -341,8 +340,8 @@ def amid_newer(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def facts(run: Run, committed: Sequence[RunCheckpoint]) -> list[Candidate]:
     """The facts for retention of a run's committed checkpoints, in their order."""
-    pointer_texts = {name: text for name in POINTERS[::-1] if (text := run.target(name))}
-    pointers_by_folder = {pointed(run, text): name for name, text in pointer_texts.items()}
+    newest_first = sorted(committed, key=order, reverse=True)
+    pointers_by_folder = pointers(run, [checkpoint.folder for checkpoint in newest_first])
     candidates = []
     for checkpoint in committed:
         marks = ["pinned"] if checkpoint.pinned else []

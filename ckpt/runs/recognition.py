@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from ckpt.folders.filenames import MANIFEST
+from converters.detect.filenames import TRAINER_STATE
 from converters.lazy_pattern import LazyPattern
+from converters.storage import bounded_json
 from converters.zero.files.discovery import is_tag_folder
 
 _NUMBERED = LazyPattern(r"checkpoint-(\d{1,18})")
+_ACCELERATE = LazyPattern(r"checkpoint_\d{1,18}")
 _STEP = LazyPattern(r"(?:checkpoint-|global_step|step[-_]|.*\bstep=)(\d{1,18})\b.*")
 _WEIGHTS = LazyPattern(
     r"(?:model|pytorch_model|(?:[^/]+/)?adapter_model)(?:-\d+-of-\d+)?"
@@ -94,6 +98,15 @@ def is_numbered(folder: Path) -> bool:
     return _NUMBERED.fullmatch(folder.name) is not None
 
 
+def is_named_by_accelerate(folder: Path) -> bool:
+    """Whether Accelerate has named a checkpoint (``automatic_checkpoint_naming``).
+
+    Its ``load_state()`` wants a number in every name beside it, so that nothing else may
+    lie there (Accelerate 1.13 ``accelerator.py``).
+    """
+    return _ACCELERATE.fullmatch(folder.name) is not None
+
+
 def _is_file(path: Path) -> bool:
     try:
         return stat.S_ISREG(path.stat().st_mode)
@@ -116,3 +129,23 @@ def is_spare(name: str, is_deepspeeds: bool = True) -> bool:
     if not is_deepspeeds:
         return bool(_DESCRIPTIVE.fullmatch(name)) and not name.endswith("adapter_config.json")
     return bool(_WEIGHTS.fullmatch(name) or _DESCRIPTIVE.fullmatch(name))
+
+
+def trainers_best(newest_first: Iterable[Path]) -> str | None:
+    """The name of the checkpoint that the Trainer calls its best, if it calls one so.
+
+    By ``best_model_checkpoint`` in the trainer_state.json of the first folder that has
+    that file (transformers 5.23 ``trainer_callback.py``). ``None`` where it cannot be
+    read.
+    """
+    paths = (folder / TRAINER_STATE for folder in newest_first)
+    path = next(filter(Path.is_file, paths), None)
+    if path is None:
+        return None
+    try:
+        state = bounded_json.loads(path.read_bytes(), infinite=True)
+    except (OSError, ValueError):
+        return None
+
+    best_folder = state.get("best_model_checkpoint") if isinstance(state, dict) else None
+    return Path(best_folder).name if isinstance(best_folder, str) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -899,3 +900,35 @@ def test_what_lies_in_the_place_of_weights_is_named_with_what_helps(
     weights.unlink()
     run("doctor", out.path, "--fix")
     run("verify", newest)
+
+
+def test_the_trainers_best_stays_and_is_marked(
+    out: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two, four = (checkpoint.folder for checkpoint in out.checkpoints())
+    for folder in (two, four):
+        path = folder / "trainer_state.json"
+        content = json.loads(path.read_text()) if path.exists() else {"global_step": 4}
+        path.write_text(json.dumps(content | {"best_model_checkpoint": f"elsewhere/{two.name}"}))
+        commit(folder, int(folder.name.rpartition("-")[2]))
+    run("ls", out.path)
+    assert re.search(r"checkpoint-2 .* best ", capsys.readouterr().out)
+    run("prune", out.path, "--keep-last", "1")
+    assert "trainer_state.json names it" in capsys.readouterr().out and two.is_dir()
+
+    out.point("best", open_checkpoint(four))
+    run("prune", out.path, "--keep-last", "1")
+    assert not two.exists()
+
+
+def test_no_latest_is_wanted_where_accelerate_names_the_folders(
+    tmp_path: Path, later: Later, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = real(tmp_path, 2).folder
+    folder.rename(tmp_path / "checkpoint_2")
+    commit(tmp_path / "checkpoint_2", 2)
+    later()
+    run("doctor", tmp_path)
+    assert "nothing to mend" in capsys.readouterr().err
+    run("doctor", tmp_path, "--fix")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_2"]

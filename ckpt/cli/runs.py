@@ -124,15 +124,16 @@ def prune(
         require_metric(retention, metric_names, opened_run.path)
         outcomes = pruning.plan(opened_run, retention)
 
-    alone = _left_alone(opened_run.path, outcomes)
+    trash = pruning.trash(opened_run)
+    alone = _left_alone(opened_run.path, outcomes, trash)
     committed_step = max((outcome.checkpoint.step or 0 for outcome in outcomes), default=0)
     if any(status.complete and (status.step or 0) > committed_step for status in alone):
         outcomes = pruning.amid_newer(outcomes)
     planned.run(
         Planned(
-            preview=lambda: _pruned(opened_run.path, outcomes, alone, dry_run=True),
+            preview=lambda: _pruned(opened_run.path, outcomes, alone, trash, dry_run=True),
             execute=lambda _: _pruned(
-                opened_run.path, pruning.execute(opened_run, outcomes), alone, dry_run=False
+                opened_run.path, pruning.execute(opened_run, outcomes), alone, trash, dry_run=False
             ),
         ),
         dry_run=dry_run,
@@ -151,12 +152,14 @@ def _require_rules(has_rules: bool, others: bool, run_id: str | None) -> None:
         )
 
 
-def _left_alone(run: Path, outcomes: Sequence[Outcome]) -> list[CheckpointStatus]:
+def _left_alone(
+    run: Path, outcomes: Sequence[Outcome], trash: Sequence[Path]
+) -> list[CheckpointStatus]:
     """The checkpoints that no rule is about: those that are not committed,
     with their states."""
     from ckpt.runs.states import listing, status
 
-    judged_folders = {outcome.checkpoint.folder for outcome in outcomes}
+    judged_folders = {*(outcome.checkpoint.folder for outcome in outcomes), *trash}
     uncommitted = [
         checkpoint
         for checkpoint in listing.checkpoints_in(run, keeps_unread=True)
@@ -173,12 +176,14 @@ def _pruned(
     run: Path,
     outcomes: Sequence[Outcome],
     alone: Sequence[CheckpointStatus],
+    trash: Sequence[Path],
     dry_run: bool,
 ) -> Output:
     from ckpt.cli import listing
     from ckpt.cli.results.runs import PruneEntry, PruneResult
     from ckpt.runs.states import listing as listings
     from ckpt.text import size
+    from converters.words import some
 
     entries = tuple(
         PruneEntry(outcome.checkpoint.folder, outcome.kept, outcome.reason, outcome.nbytes)
@@ -186,6 +191,8 @@ def _pruned(
     )
     freed_bytes = sum(entry.nbytes for entry in entries if not entry.kept)
     deletion = "would delete" if dry_run else "deleted"
+    removal = f"{'would remove' if dry_run else 'removed'} the rest"
+    names = [path.name for path in trash]
 
     return Output(
         PruneResult(dry_run, entries, listing.untouched(alone), freed_bytes),
@@ -197,6 +204,7 @@ def _pruned(
         [
             *_alone_lines(run, bool(outcomes), alone),
             *(f"ckpt: {line}" for line in listings.closed_lines(run)),
+            *([f"ckpt: {removal} of an interrupted deletion: {some(names)}"] if names else []),
             f"{size(freed_bytes)} {'would be freed' if dry_run else 'freed'}",
         ],
     )

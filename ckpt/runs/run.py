@@ -110,12 +110,19 @@ class Run:
         )
 
     def target(self, name: str = "latest") -> str | None:
-        """The text of a pointer; ``None`` if there is no such file."""
+        """The text of a pointer; ``None`` if there is no such file.
+
+        Of somebody's own link to a checkpoint of the run that is its name.
+        """
         try:
             with open(self.path / name, "rb") as stream, local.naming_path(self.path / name):
                 return stream.read(4096).decode("utf-8", "surrogateescape").strip()
-        except (FileNotFoundError, IsADirectoryError):
+        except FileNotFoundError:
             return None
+        except IsADirectoryError:
+            target = (self.path / name).resolve()
+            is_here = target.parent == self.path.resolve() and target.name != name
+            return target.name if is_here else None
 
     def pointer(self, name: str = "latest") -> RunCheckpoint | None:
         """The checkpoint that ``latest`` or ``best`` names, committed or not.
@@ -153,7 +160,13 @@ class Run:
             self.require_committed(name, checkpoint)
         if checkpoint is None:
             pointer_path.unlink(missing_ok=True)
-        elif self.target(name) == checkpoint.pointer:
+        elif pointer_path.is_dir() and not pointer_path.is_symlink():
+            raise CheckpointError(
+                f"{pointer_path} is a folder, where the file is to be that names "
+                f"{checkpoint.name}; give it another name",
+                "refused",
+            )
+        elif self.target(name) == checkpoint.pointer and not pointer_path.is_dir():
             return
         else:
             local.write_file(

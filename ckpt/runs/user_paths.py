@@ -21,7 +21,7 @@ from ckpt.runs.checkpoint_folder import (
     order,
 )
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run
-from ckpt.runs.run import Run
+from ckpt.runs.run import POINTERS, Run
 from ckpt.text import size
 from converters.detect import detect, sharded
 from converters.detect.deepspeed import UNIVERSAL
@@ -211,6 +211,13 @@ def require_outside(output: Path, sources: Iterable[Path] = ()) -> None:
                 f"{output} lies inside of the checkpoint {parent}; name a folder outside of it",
                 "output",
             )
+
+    if output.name in POINTERS and is_run(output.parent):
+        raise CheckpointError(
+            f"{output} would lie where a run has the file {output.name}, which names a checkpoint; "
+            "give the output another name",
+            "output",
+        )
 
 
 def is_filled_checkpoint(folder: Path) -> bool:

@@ -104,9 +104,23 @@ def check(ranks: RankGroup, nodes: Nodes, run: Path, contents: SaveContents) -> 
     save_bytes = folder_bytes(ranks, nodes, reports.heard, contents.weight_bytes)
     with ranks.step():
         if nodes.commits:
+            _require_pointers(run, contents.retention)
             _require_all(run, save_bytes, min_checkpoints(contents.retention), contents.line)
 
     return save_bytes
+
+
+def _require_pointers(run: Path, retention: Retention | None) -> None:
+    """``CheckpointError`` where a folder lies in the place of a pointer of the run."""
+    has_best = retention is not None and retention.best is not None
+    for name in ("latest", "best") if has_best else ("latest",):
+        path = run / name
+        if path.is_dir() and not path.is_symlink():
+            raise CheckpointError(
+                f"{path} is a folder, where a file is to be that names a checkpoint; give it "
+                "another name",
+                "refused",
+            )
 
 
 def _companion_bytes(trial: Path, rank: int, contents: SaveContents) -> int:

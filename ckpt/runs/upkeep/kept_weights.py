@@ -3,7 +3,7 @@ names, shapes and values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -137,7 +137,21 @@ def _in_one_layout(
     if len(stored.keys() & weights.tensors.keys()) > len(stored.keys() & names):
         source = replace(source, weights=weights)
 
-    return source, stored_copies.in_memory(stored, source.weights, audience)
+    stored = stored_copies.in_memory(stored, source.weights, audience)
+    return source, _with_prefix(stored, source.weights.tensors.keys())
+
+
+def _with_prefix(
+    stored: Mapping[str, TensorRef], names: Collection[str]
+) -> Mapping[str, TensorRef]:
+    """The tensors with the prefix that all of their names lack, such as ``0.model.``."""
+    first_name = min(stored, default="")
+    prefixes = (name.removesuffix(first_name) for name in names if name.endswith(first_name))
+    for prefix in prefixes:
+        if all(prefix + name in names for name in stored):
+            return {prefix + name: ref for name, ref in stored.items()}
+
+    return stored
 
 
 def _stored(path: Path) -> Mapping[str, TensorRef]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 from ckpt.runs import manifest as manifests
 from ckpt.runs.foreign.succession import relate
@@ -37,6 +38,9 @@ def pointer_findings(
     leading_checkpoint = leading(checkpoints)
     for name in POINTERS:
         pointer_path, text = run.path / name, run.target(name)
+        if pointer_path.is_dir():
+            yield from _folder_findings(pointer_path, leading_checkpoint)
+            continue
         expected = leading_checkpoint
         if name != "latest":
             expected = _pointed_checkpoint(run, text)
@@ -72,6 +76,22 @@ def pointer_findings(
                 f"name {expected.pointer}",
                 partial(run.point, name, expected),
             )
+
+
+def _folder_findings(path: Path, leading: RunCheckpoint | None) -> Iterator[Finding]:
+    """What lies where a pointer would be: a folder, or somebody's own link to one."""
+    if path.name != "latest" or leading is None:
+        return
+    if not path.is_symlink():
+        yield Finding(
+            path,
+            "is a folder, where DeepSpeed wants a file that names the newest checkpoint; give it "
+            "another name",
+        )
+    elif path.resolve() != leading.folder.resolve():
+        yield Finding(
+            path, f"is a link to {path.resolve().name}, expected {leading.name}; renew or delete it"
+        )
 
 
 def _names_newer_whole(

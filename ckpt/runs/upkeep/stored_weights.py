@@ -19,7 +19,7 @@ from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.states.verification import Verdict
 from ckpt.text import size
 from converters import detect
-from converters.detect.deepspeed import EXPERTS, NATIVE
+from converters.detect.deepspeed import EXPERTS, NATIVE, UNIVERSAL
 from converters.detect.filenames import ADAPTER
 from converters.errors import CheckpointError
 from converters.formats import safetensors
@@ -70,11 +70,14 @@ def plans(verdict: Verdict) -> list[WeightsComparison]:
     """
     folder = verdict.status.checkpoint.folder
     is_asked = verdict.whole and verdict.depth.word != "structure"
-    if not is_asked or verdict.status.tag is None or is_tag_folder(folder):
+    has_states = verdict.status.tag is not None or verdict.status.checkpoint.is_universal
+    if not is_asked or not has_states or is_tag_folder(folder):
         return []
 
     manifest = verdict.status.checkpoint.manifest
-    tags = {"": verdict.status.tag} if manifest is None else engines.tags(manifest)
+    tags: Mapping[str, str | None] = {"": verdict.status.tag}
+    if manifest is not None:
+        tags = engines.tags(manifest)
     comparisons = []
     for engine, tag in tags.items():
         try:
@@ -87,7 +90,7 @@ def plans(verdict: Verdict) -> list[WeightsComparison]:
     return comparisons
 
 
-def plan(folder: Path, engine: str, tag: str) -> WeightsComparison | None:
+def plan(folder: Path, engine: str, tag: str | None) -> WeightsComparison | None:
     """The tensors that the states and the weights in an engine's folder have in common.
 
     ``None`` without such weights; ``CheckpointError`` for what is of a form that is not
@@ -107,7 +110,7 @@ def plan(folder: Path, engine: str, tag: str) -> WeightsComparison | None:
         stored, name = beside.tensors, beside.name
 
     source = detect.read(folder, tag, complete=True)
-    if source.kind not in NATIVE:
+    if source.kind not in (*NATIVE, UNIVERSAL):
         return None
 
     from ckpt.runs.upkeep import kept_weights

@@ -932,3 +932,38 @@ def test_no_latest_is_wanted_where_accelerate_names_the_folders(
     assert "nothing to mend" in capsys.readouterr().err
     run("doctor", tmp_path, "--fix")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_2"]
+
+
+def test_a_link_that_a_user_made_is_a_pointer_and_a_folder_is_in_the_way(
+    out: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two, four = (checkpoint.folder for checkpoint in out.checkpoints())
+    for name, target in (("latest", four), ("best", two)):
+        (out.path / name).unlink(missing_ok=True)
+        (out.path / name).symlink_to(target.name)
+    run("doctor", out.path, "--fix")
+    assert "nothing to mend" in capsys.readouterr().err and (out.path / "latest").is_symlink()
+    run("latest", out.path, "--best")
+    assert capsys.readouterr().out == f"{two}\n"
+
+    (out.path / "latest").unlink()
+    run("to-fp32", four, "-o", out.path / "latest", code=1)
+    assert "where a run has the file latest" in capsys.readouterr().err
+    (out.path / "latest").mkdir()
+    run("doctor", out.path, "--fix", code=1)
+    assert "latest: is a folder, where DeepSpeed wants a file" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="latest is a folder, where the file is to be"):
+        out.point("latest", open_checkpoint(four))
+
+
+def test_prune_says_which_rest_of_a_deletion_it_removes(
+    out: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out.path / "checkpoint-9").mkdir()
+    (out.path / "checkpoint-9/.deleted").touch()
+    for options, verb in ((["--dry-run"], "would remove"), ([], "removed")):
+        run("prune", out.path, "--keep-last", "2", *options)
+        said = capsys.readouterr().err
+        assert f"{verb} the rest of an interrupted deletion: checkpoint-9" in said
+        assert "not touched" not in said
+    assert not (out.path / "checkpoint-9").exists()

@@ -57,15 +57,8 @@ def pointer_findings(
             # which a resume takes, so that the pointer must not name an older one:
             # --adopt first
             if text is not None:
-                checkpoint = newer.checkpoint
-                remedy = f"make it name {checkpoint.name}"
-                if newer.adoptable:
-                    remedy = f"{adoption_command(checkpoint.folder)} commits it"
-                yield Finding(
-                    pointer_path,
-                    f"{_pointer_problem(run, name, text, expected)}; {checkpoint.name} is newer "
-                    f"than what is committed: {remedy}",
-                )
+                problem = _pointer_problem(run, name, text, expected)
+                yield _newer_finding(pointer_path, problem, newer)
         elif text is None and is_named_by_accelerate(expected.folder):
             continue  # which has no such file
         elif text != expected.pointer:
@@ -76,6 +69,15 @@ def pointer_findings(
                 f"name {expected.pointer}",
                 partial(run.point, name, expected),
             )
+
+
+def _newer_finding(path: Path, problem: str, newer: CheckpointStatus) -> Finding:
+    """A pointer that leads nowhere, where a newer checkpoint is not committed."""
+    checkpoint = newer.checkpoint
+    remedy = f"make it name {checkpoint.name}"
+    if newer.adoptable:
+        remedy = f"{adoption_command(checkpoint.folder)} commits it"
+    return Finding(path, f"{problem}; {checkpoint.name} is newer than what is committed: {remedy}")
 
 
 def _folder_findings(path: Path, leading: RunCheckpoint | None) -> Iterator[Finding]:

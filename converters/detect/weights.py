@@ -9,8 +9,9 @@ from converters.storage import bounded_json, first_bytes, misplaced_files, store
 
 _READER = "converters.formats.weight_files:read"
 _OPENS = (
-    "ckpt.open reads it as it is, from_pretrained loads the folder if its config.json is there, "
-    "and ckpt push publishes it if nothing is missing"
+    "ckpt.open reads it as it is, from_pretrained loads the folder if its config.json is there "
+    "(PeftModel.from_pretrained, if it is an adapter), and ckpt push publishes it if nothing is "
+    "missing"
 )
 _WHOLE = "it has the weights already, {evidence}, so there is nothing to convert: {remedy}"
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")

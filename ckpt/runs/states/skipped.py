@@ -37,7 +37,6 @@ OTHER_FORMAT = (
 )
 UNCOMMITTED = f"it has no manifest.json, and {COMMITTED_ONLY}"
 _DEEPSPEED = "deepspeed"
-_MAX_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +83,12 @@ def lost_work(run: Path, skipped: Sequence[SkippedCandidate]) -> CheckpointError
             "incomplete",
         )
 
-    summary = "; ".join(f"{entry.path}: {entry.why}" for entry in lost[:_MAX_SHOWN])
+    # the others have been said, each in a line of its own
+    summary = f"{newest}: {lost[0].why}{more(len(lost) - 1)}"
     return CheckpointError(
-        f"{run} has checkpoints, but none that can be resumed from "
-        f"({summary}{more(len(lost) - _MAX_SHOWN)}); bring back what is missing "
-        f"(ckpt doctor {shell_word(run)} helps), or move the checkpoints away to begin a new "
-        "training",
+        f"{run} has checkpoints, but none that can be resumed from ({summary}); bring back what is "
+        f"missing (ckpt doctor {shell_word(run)} helps), or move the checkpoints away to begin a "
+        "new training",
         "incomplete",
     )
 

@@ -25,7 +25,7 @@ from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.words import counted
 from converters.zero.merging.saved_degrees import NONE, Degrees
-from converters.zero.native.stage_layers import StageLayers
+from converters.zero.native.stages.stage_layers import StageLayers
 from converters.zero.native.target import SUB_GROUP
 
 _CUTS = "universal_checkpoint_info"  # of the model (checkpoint/constants.py)

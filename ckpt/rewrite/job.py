@@ -270,7 +270,7 @@ def prove(rewriting: Rewriting, staged_folder: Path) -> dict[str, int]:
     if isinstance(source, ExpertsCheckpoint):
         return expert_proof.prove(source, target, plan, staged_folder, rewriting.tensor_ranks)
     if target.stages and isinstance(source, merged.MergedCheckpoint):
-        return pipeline_files.prove(source, target, plan, staged_folder)
+        return pipeline_files.prove(source, target, plan, staged_folder, rewriting.tensor_ranks)
     return reshard.prove(source, target, plan, staged_folder, rewriting.tensor_ranks)
 
 

@@ -32,6 +32,7 @@ from converters.zero.files import several_models
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging import reader as merging
 from converters.zero.merging.experts import ExpertsCheckpoint
+from converters.zero.native import pipeline_files
 from converters.zero.native import reshard as native
 from converters.zero.native.target import SUB_GROUP, TargetTopology, require_arguments
 from converters.zero.parallel import engine_cuts, rules
@@ -122,6 +123,7 @@ def _require_change(source: zero.Checkpoint, target: TargetTopology) -> None:
     saved = merged.original(source)
     degree = len(saved.lanes) if isinstance(saved, TensorParallelCheckpoint) else 1
     is_other = isinstance(source, merged.MergedCheckpoint) and degree == 1
+    is_other |= pipeline_files.is_pipeline(source)
     if isinstance(source, ExpertsCheckpoint):
         is_other = source.expert_sizes != (target.expert_ranks,)
     if target.tensor_ranks != degree or is_other:

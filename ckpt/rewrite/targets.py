@@ -13,15 +13,14 @@ from converters.zero.merging.checkpoint import MergedCheckpoint
 from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import (
-    example_stages,
     expert_files,
     pipeline_files,
-    stage_layers,
     unpartitioned_files,
 )
 from converters.zero.native import reshard as native
 from converters.zero.native.expert_ranks import require_foldable
-from converters.zero.native.stage_layers import StageLayers
+from converters.zero.native.stages import example_stages, stage_layers
+from converters.zero.native.stages.stage_layers import StageLayers
 from converters.zero.native.target import TargetTopology
 from converters.zero.pipeline.stages import PipelineCheckpoint
 
@@ -46,7 +45,7 @@ def target_of(
     ``CheckpointError`` for what cannot be cut up so.
     """
     if settings.pp is not None and not _is_plain(source, settings.pp):
-        return _of_stages(source, world_size, settings), None
+        return _of_stages(source, world_size, settings)
     degree = settings.tp or 1
     expert_ranks = _expert_ranks(source, settings.ep)
     dense = source
@@ -74,7 +73,7 @@ def file_plan(
     if isinstance(source, ExpertsCheckpoint):
         return expert_files.plan(source, target, tensor_ranks)
     if target.stages and isinstance(source, MergedCheckpoint):
-        return pipeline_files.plan(source, target)
+        return pipeline_files.plan(source, target, tensor_ranks)
     return native.plan(source, target, tensor_ranks)
 
 
@@ -84,29 +83,36 @@ def degrees_in_name(source: zero.Checkpoint, target: TargetTopology) -> str:
         is_same = source.expert_sizes == (target.expert_ranks,)
         tensor_part = f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
         return tensor_part + ("" if is_same else f"-ep{target.expert_ranks}")
-    if target.stages:
-        return f"-pp{len(target.stages)}"
-    return f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
+    tensor_part = f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
+    return tensor_part + (f"-pp{len(target.stages)}" if target.stages else "")
 
 
-def _of_stages(source: zero.Checkpoint, world_size: int, settings: Settings) -> TargetTopology:
+def _of_stages(
+    source: zero.Checkpoint, world_size: int, settings: Settings
+) -> tuple[TargetTopology, TensorRanks | None]:
     """The topology of a pipeline; ``CheckpointError`` for what is not written for its stages."""
     assert settings.pp is not None
     pipeline = pipeline_files.source_of(source)
     assert isinstance(source, MergedCheckpoint)
     stages = _stages(source, pipeline, settings.pp)
-    if settings.tp not in (None, 1) or settings.ep not in (None, 1) or world_size % len(stages):
+    degree = settings.tp or 1
+    if settings.ep not in (None, 1) or world_size % (len(stages) * degree):
+        by_ranks = f" of {words.counted(degree, 'tensor-parallel rank')}" if degree > 1 else ""
         raise CheckpointError(
-            f"{source.place.folder} is not written for {words.counted(len(stages), 'stage')} among "
-            f"{words.counted(world_size, 'rank')} so; the stages of {PP} have as many ranks "
-            f"each, and neither {TP} nor {EP}",
+            f"{source.place.folder} is not written for {words.counted(len(stages), 'stage')}"
+            f"{by_ranks} among {words.counted(world_size, 'rank')} so; the stages of {PP} have as "
+            f"many ranks each, divided among the ranks of {TP}, and no {EP}",
             "refused",
         )
     stage = settings.stage if settings.stage is not None else max(source.stage, 1)
-    target = native.target(source, stage, world_size // len(stages))
-    target = replace(target, stages=stage_layers.for_checkpoint(source, pipeline, stages))
+    tensor_ranks = TensorRanks.of(source, degree) if degree > 1 else None
+    target = replace(
+        native.target(source, stage, world_size // len(stages) // degree),
+        tensor_ranks=degree,
+        stages=stage_layers.for_checkpoint(source, pipeline, stages),
+    )
     pipeline_files.require(source, target)
-    return target
+    return target, tensor_ranks
 
 
 def _is_plain(source: zero.Checkpoint, pp: str) -> bool:

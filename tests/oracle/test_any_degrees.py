@@ -25,7 +25,7 @@ from converters.errors import CheckpointError
 from converters.tensors import TensorRef
 from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import unpartitioned_files
-from converters.zero.native.stage_layers import StageLayers
+from converters.zero.native.stages.stage_layers import StageLayers
 
 FOLDED = PARALLEL / "aeptp_mixtral_z2_w4"
 PIPELINE = SPLIT / "pipeline-zero1"

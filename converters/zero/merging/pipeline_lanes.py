@@ -52,7 +52,7 @@ def merged(source: Source) -> MergedCheckpoint:
         files=source.files,
         weights=source.weights,
         entries=source.entries,
-        notes=source.notes,
+        notes=(*source.notes, *tensor_parallel.notes_on_vocabularies(source)),
         without_frozen=source.without_frozen,
         model=model,
         ranks=first.ranks,
@@ -62,6 +62,8 @@ def merged(source: Source) -> MergedCheckpoint:
         model_paths=first.model_paths,
         layer_nodes=first.layer_nodes,
         changes=first.changes,
+        cuts=source.cuts,
+        tensor_ranks=len(lanes),
     )
 
 

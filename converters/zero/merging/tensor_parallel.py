@@ -52,7 +52,7 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
         files=source.files,
         weights=weights,
         entries=source.entries,
-        notes=(*source.notes, *_notes(source)),
+        notes=(*source.notes, *notes_on_vocabularies(source)),
         without_frozen=source.without_frozen,
         model=whole_model(first.model, weights, groups, own_values, topology),
         ranks=first.ranks or numbered_group.ranks_of(first),
@@ -178,7 +178,7 @@ def universal_entries_of(
     }
 
 
-def _notes(source: TensorParallelCheckpoint) -> Iterator[str]:
+def notes_on_vocabularies(source: TensorParallelCheckpoint) -> Iterator[str]:
     """A line on the rows that pad a vocabulary."""
     for name, count in source.original_rows.items():
         rows = source.weights.tensors[name].shape[0]

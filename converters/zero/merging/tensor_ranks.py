@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from converters import words
-from converters.detect.deepspeed import PIPELINE
 from converters.errors import CheckpointError, MalformedError
 from converters.options import TP, TP_RULES
 from converters.tensors import Listed, TensorRef
@@ -118,6 +117,7 @@ class TensorRanks:
             source=original(checkpoint),
             groups=groups,
             model_paths=tuple(model_paths(checkpoint)),
+            layer_nodes=checkpoint.layer_nodes if isinstance(checkpoint, MergedCheckpoint) else {},
             changes=changes,
             optimizer_entries=optimizer_entries_of(checkpoint),
         )
@@ -153,18 +153,12 @@ class TensorRanks:
 
 def _require(checkpoint: Checkpoint) -> None:
     """Raises for what is not cut for tensor-parallel ranks."""
-    source = original(checkpoint)
-    if source.kind == PIPELINE:
-        reason = "is of a pipeline, whose modules tensor parallelism cuts in each stage"
-    elif muon.is_deepspeed_muon(checkpoint.model):
-        reason = "was trained by Muon, which would orthogonalize shards from here on"
-    else:
-        return
-
-    raise CheckpointError(
-        f"{checkpoint.place.folder} {reason}; it is written for ZeRO alone, without {TP}",
-        "unsupported",
-    )
+    if muon.is_deepspeed_muon(checkpoint.model):
+        raise CheckpointError(
+            f"{checkpoint.place.folder} was trained by Muon, which would orthogonalize shards from "
+            f"here on; it is written for ZeRO alone, without {TP}",
+            "unsupported",
+        )
 
 
 def _layout(

@@ -69,17 +69,9 @@ def plan(
                 file_plan.shard(
                     f"{folder}/mp_rank_{number:02d}_model_states.pt", _root(lane, topology)
                 )
-                for number, lane in enumerate(lanes(checkpoint, tensor_ranks))
+                for number, lane in enumerate(reshard.by_tensor_rank(checkpoint, tensor_ranks))
             ]
         )
-
-
-def lanes(checkpoint: Checkpoint, tensor_ranks: TensorRanks | None) -> Iterator[Checkpoint]:
-    """What the file of each tensor-parallel rank is made from."""
-    if tensor_ranks is None:
-        yield checkpoint
-    else:
-        yield from map(tensor_ranks.rank, range(tensor_ranks.rank_count))
 
 
 def _root(lane: Checkpoint, topology: TargetTopology) -> Tree:
@@ -151,7 +143,8 @@ def prove(
 
     provenance = proof.Provenance(native_plan, output)
     counts: Counter[str] = Counter()
-    for lane, result in zip(lanes(checkpoint, tensor_ranks), results, strict=True):
+    lanes = reshard.by_tensor_rank(checkpoint, tensor_ranks)
+    for lane, result in zip(lanes, results, strict=True):
         if (result.stage, result.world_size) != (0, topology.world_size):
             raise CheckpointError(f"{output} reads as stage {result.stage}; {proof.BUG}")
         groups = merged.groups_of(lane)

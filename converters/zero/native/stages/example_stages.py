@@ -18,8 +18,8 @@ from converters.lazy_pattern import LazyPattern
 from converters.options import PP
 from converters.words import counted
 from converters.zero.merging.checkpoint import MergedCheckpoint
-from converters.zero.native import stage_layers
-from converters.zero.native.stage_layers import StageLayers
+from converters.zero.native.stages import stage_layers
+from converters.zero.native.stages.stage_layers import StageLayers
 from converters.zero.pipeline import stages, tied_modules
 from converters.zero.pipeline.stages import PipelineCheckpoint
 

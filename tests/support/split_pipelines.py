@@ -60,6 +60,7 @@ class Words(nn.Module):
         rows = self.words.weight.shape[0]
         own_ids = ids - rows * self.ranks.get_model_parallel_rank()
         is_own = (own_ids >= 0) & (own_ids < rows)
+        is_own = is_own.to(self.words.weight.dtype)
         vectors = nn.functional.embedding(own_ids.clamp(0, rows - 1), self.words.weight)
         partial = vectors * is_own.unsqueeze(-1)
         out: torch.Tensor = Summed.apply(partial, self.ranks.get_model_parallel_group())
@@ -85,7 +86,7 @@ class Layer(nn.Module):
         inner = torch.tanh(self.up(Copied.apply(self.norm(x), group)))
         summed = Summed.apply(nn.functional.linear(inner, self.down.weight), group)
         out: torch.Tensor = x + (summed + self.down.bias) * self.scale
-        return out
+        return out.to(x.dtype)
 
 
 def head(module: Words, x: torch.Tensor) -> torch.Tensor:

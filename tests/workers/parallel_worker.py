@@ -9,6 +9,7 @@ parallel_worker.py JOBS   each {"model", "out", "stage", "steps"} and perhaps
     "again"      where it is saved as soon as it is loaded
     "half"       where it is saved after half of its steps
     "seed"       of its first weights
+    "bf16"       true where it is trained in bf16
     "run"        where ckpt.Saver saves it then, too; live weights go to RUN-fp32
     "resume"     the run that it goes on from by ckpt.resume
     "local"      nodes have folders of their own; {node} in "run" and "resume" is this one's
@@ -149,6 +150,8 @@ def config_of(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("tp", 1) > 1 and job["model"] == "fused":
         partitioning = {"partition_config": PARTITIONING}
         config["tensor_parallel"] = {"autotp_size": job["tp"], **partitioning}
+    if job.get("bf16"):
+        config["bf16"] = {"enabled": True}
     if job.get("universal"):
         config["checkpoint"] = {"load_universal": True}
     if job.get("local"):

@@ -124,9 +124,12 @@ class TensorRanks:
 
     def _changes(self) -> dict[str, Any]:
         """What model files say of the tensor parallelism."""
-        source = original(self.checkpoint)
+        checkpoint, source = self.checkpoint, original(self.checkpoint)
         info: dict[str, Any] = {"universal_checkpoint_version": _VERSION}
-        if isinstance(self.checkpoint, MergedCheckpoint) and self.checkpoint.cuts:
+        merged_changes: Mapping[str, Any] = {}
+        if isinstance(checkpoint, MergedCheckpoint):
+            merged_changes = checkpoint.changes
+        if isinstance(checkpoint, MergedCheckpoint) and checkpoint.cuts:
             records = source.entries.get(roots.INFO)
             info |= records if isinstance(records, dict) else {}
             info.pop(patterns.WIDTHS, None)
@@ -134,16 +137,17 @@ class TensorRanks:
         entries = {
             cut_table.key_of(name): affine_map.entry_of(layout)
             for name, layout in self.layouts.items()
-            if name not in self.checkpoint.weights.buffers
+            if name not in checkpoint.weights.buffers
         }
         info["affine_map"] = {"version": affine_map.VERSION, "params": entries}
-        config = dict(self.checkpoint.model.config)
+        config = dict(checkpoint.model.config)
         saved_config = source.entries.get(roots.CONFIGURATION)
         section = saved_config.get(roots.AUTOTP) if isinstance(saved_config, dict) else None
         if isinstance(section, dict):
             config[roots.AUTOTP] = {**section, "autotp_size": self.rank_count}
 
         return {
+            **merged_changes,
             roots.INFO: info,
             roots.DEGREES: {"pp_degree": 1, "tp_degree": self.rank_count},
             roots.CONFIGURATION: config,

@@ -75,13 +75,12 @@ def plan(
     place = source_path(checkpoint)
     several_models.find(place, tag)  # refuses a choice between models
     with rules.using(tp_rules):
-        source = merging.read(place, tag)
+        stages = None if pp is None else str(pp)
+        source = merging.read(place, tag, targets.tied_key(stages))
         if world_size is None:
             world_size = merged.original(source).world_size
             require_arguments(world_size, stage, sub_group_size, tp, ep)
-        settings = Settings(
-            stage, sub_group_size, zero_init, tp, ep, None if pp is None else str(pp)
-        )
+        settings = Settings(stage, sub_group_size, zero_init, tp, ep, stages)
         target, tensor_ranks = targets.target_of(source, world_size, settings)
     heads.require_shared(source, target.tensor_ranks)
     _require_change(source, target)

@@ -68,7 +68,7 @@ def file_plan(
     source: zero.Checkpoint, target: TargetTopology, tensor_ranks: TensorRanks | None
 ) -> Plan:
     """The files of the target."""
-    if not target.stage:
+    if not target.stage and not target.stages:
         return unpartitioned_files.plan(source, target, tensor_ranks)
     if isinstance(source, ExpertsCheckpoint):
         return expert_files.plan(source, target, tensor_ranks)
@@ -104,7 +104,10 @@ def _of_stages(
             f"many ranks each, divided among the ranks of {TP}, and no {EP}",
             "refused",
         )
-    stage = settings.stage if settings.stage is not None else max(source.stage, 1)
+    is_numbered = source.optimizer_entries is not None  # in fp32 without ZeRO
+    stage = settings.stage
+    if stage is None:
+        stage = 0 if is_numbered else max(source.stage, 1)
     tensor_ranks = TensorRanks.of(source, degree) if degree > 1 else None
     target = replace(
         native.target(source, stage, world_size // len(stages) // degree),
@@ -113,6 +116,14 @@ def _of_stages(
     )
     pipeline_files.require(source, target)
     return target, tensor_ranks
+
+
+def tied_key(pp: str | None) -> str | None:
+    """The only key of a tied module in the stages that an option says."""
+    if pp is None or example_stages.count_in(pp) is not None:
+        return None
+    keys = {key for stage in stage_layers.parse(pp) for key in stage.tied}
+    return keys.pop() if len(keys) == 1 else None
 
 
 def _is_plain(source: zero.Checkpoint, pp: str) -> bool:

@@ -248,7 +248,7 @@ def test_what_is_not_written_without_zero_is_refused(source: Path, reason: str) 
 def test_states_of_other_parameters_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = unpartitioned_files._optimizer
+    written = unpartitioned_files.optimizer_of
 
     def swapped(group: Any) -> Any:
         tree = written(group)
@@ -256,7 +256,7 @@ def test_states_of_other_parameters_are_found(
         state[1], state[4] = state[4], state[1]
         return tree
 
-    monkeypatch.setattr(unpartitioned_files, "_optimizer", swapped)
+    monkeypatch.setattr(unpartitioned_files, "optimizer_of", swapped)
     with pytest.raises(CheckpointError, match=r"numbers, not names|fault of ckpt"):
         made(UNPARTITIONED, tmp_path / "o", 4, 0, tp=4)
     assert not (tmp_path / "o").exists()

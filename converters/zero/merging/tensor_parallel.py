@@ -55,7 +55,7 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
         notes=(*source.notes, *notes_on_vocabularies(source)),
         without_frozen=source.without_frozen,
         model=whole_model(first.model, weights, groups, own_values, topology),
-        ranks=first.ranks or numbered_group.ranks_of(first),
+        ranks=first.ranks or numbered_group.ranks_of(first.model, first.world_size),
         names=first.names,
         source=source,
         groups=groups,
@@ -64,7 +64,7 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
         cuts=source.cuts,
         tensor_ranks=len(source.lanes),
         changes={} if first.ranks else {"optimizer": None},
-        optimizer_entries=None if first.ranks else numbered_group.optimizer_entries(first),
+        optimizer_entries=None if first.ranks else numbered_group.optimizer_entries(first.model),
     )
 
 

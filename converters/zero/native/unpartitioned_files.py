@@ -32,7 +32,7 @@ from converters.zero.parallel import reader as parallel_reader
 from converters.zero.param_groups import WEIGHTS, ParamGroup
 
 Tree = dict[Any, Any]
-_ABSENT = ("param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params")
+ABSENT = ("param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params")
 
 
 def require(checkpoint: Checkpoint, groups: list[ParamGroup]) -> None:
@@ -81,9 +81,9 @@ def _root(lane: Checkpoint, topology: TargetTopology) -> Tree:
     nodes = dict(_module(lane, root, group))
     changes: Tree = {
         "module": object_graph.replaced(root["module"], nodes),
-        "optimizer": _optimizer(group),
+        "optimizer": optimizer_of(group),
         "dp_world_size": topology.world_size,
-        **dict.fromkeys(_ABSENT),
+        **dict.fromkeys(ABSENT),
     }
     return reshard.configured({**root, **changes}, topology)
 
@@ -103,7 +103,7 @@ def _module(lane: Checkpoint, root: Tree, group: ParamGroup) -> Iterator[tuple[s
         yield name, trained[owner]
 
 
-def _optimizer(group: ParamGroup) -> Tree:
+def optimizer_of(group: ParamGroup) -> Tree:
     """The ``state_dict`` of torch's optimizer."""
     states: dict[int, Tree] = {}
     for number, name in enumerate(group.shapes):

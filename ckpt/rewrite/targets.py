@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from converters import words
@@ -9,6 +10,7 @@ from converters.errors import CheckpointError
 from converters.options import EP, PP, TP
 from converters.plan import Plan
 from converters.zero import checkpoint as zero
+from converters.zero.files.state_files import Shape
 from converters.zero.merging.checkpoint import MergedCheckpoint
 from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.merging.tensor_ranks import TensorRanks
@@ -94,8 +96,14 @@ def _of_stages(
     assert settings.pp is not None
     pipeline = pipeline_files.source_of(source)
     assert isinstance(source, MergedCheckpoint)
-    stages = _stages(source, pipeline, settings.pp)
     degree = settings.tp or 1
+    tensor_ranks = TensorRanks.of(source, degree) if degree > 1 else None
+    shapes = (
+        tensor_ranks.shapes_of(0)
+        if tensor_ranks
+        else {n: t.shape for n, t in source.weights.tensors.items()}
+    )
+    stages = _stages(source, pipeline, settings.pp, shapes)
     if settings.ep not in (None, 1) or world_size % (len(stages) * degree):
         by_ranks = f" of {words.counted(degree, 'tensor-parallel rank')}" if degree > 1 else ""
         raise CheckpointError(
@@ -108,7 +116,6 @@ def _of_stages(
     stage = settings.stage
     if stage is None:
         stage = 0 if is_numbered else max(source.stage, 1)
-    tensor_ranks = TensorRanks.of(source, degree) if degree > 1 else None
     target = replace(
         native.target(source, stage, world_size // len(stages) // degree),
         tensor_ranks=degree,
@@ -132,7 +139,7 @@ def _is_plain(source: zero.Checkpoint, pp: str) -> bool:
 
 
 def _stages(
-    source: MergedCheckpoint, pipeline: PipelineCheckpoint, pp: str
+    source: MergedCheckpoint, pipeline: PipelineCheckpoint, pp: str, shapes: Mapping[str, Shape]
 ) -> tuple[StageLayers, ...]:
     """The stages that an option says; ``CheckpointError``, with an example, for a number of
     several."""
@@ -140,7 +147,7 @@ def _stages(
     if stage_count is None:
         return stage_layers.parse(pp)
     if stage_count > 1:
-        raise example_stages.refusal(source, pipeline, stage_count)
+        raise example_stages.refusal(source, pipeline, stage_count, shapes)
     return (StageLayers(0, None),)
 
 

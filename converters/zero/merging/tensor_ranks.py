@@ -37,7 +37,7 @@ from converters.zero.parallel import (
     patterns,
     rules,
 )
-from converters.zero.parallel.cuts import Cut
+from converters.zero.parallel.cuts import Cut, Shape
 from converters.zero.param_groups import WEIGHTS, ParamGroup
 
 _VERSION = 0.4  # of universal_checkpoint_info, DeepSpeed 0.19.8 checkpoint/constants.py
@@ -85,6 +85,10 @@ class TensorRanks:
                 "unsupported",
             )
         return TensorRanks(checkpoint, rank_count, layouts)
+
+    def shapes_of(self, rank: int) -> dict[str, Shape]:
+        """The shapes of the shards that a tensor-parallel rank has."""
+        return {name: layout.shard_shapes[rank] for name, layout in self.layouts.items()}
 
     def rank(self, rank: int) -> MergedCheckpoint:
         """The source of a tensor-parallel rank's files: a checkpoint of its shards."""

@@ -130,7 +130,7 @@ def plan(
                 shard
                 for rank, shards in enumerate(reshard.by_tensor_rank(checkpoint, tensor_ranks))
                 for shard in (
-                    *_layer_files(checkpoint, shards, tensor_ranks, rank),
+                    *_layer_files(checkpoint, shards, topology, rank),
                     *_stages_files(shards, topology, rank),
                 )
             ]
@@ -138,29 +138,28 @@ def plan(
 
 
 def _layer_files(
-    checkpoint: MergedCheckpoint,
-    shards: MergedCheckpoint,
-    tensor_ranks: TensorRanks | None,
-    rank: int,
+    checkpoint: MergedCheckpoint, shards: MergedCheckpoint, topology: TargetTopology, rank: int
 ) -> Iterator[Shard]:
     folder = reshard.tag_folder(checkpoint)
-    for name, tree in layer_trees(checkpoint, shards, tensor_ranks, rank):
+    for name, tree in layer_trees(checkpoint, shards, topology, rank):
         yield file_plan.shard(f"{folder}/{name}", tree)
 
 
 def layer_trees(
-    checkpoint: MergedCheckpoint,
-    shards: MergedCheckpoint,
-    tensor_ranks: TensorRanks | None,
-    rank: int,
+    checkpoint: MergedCheckpoint, shards: MergedCheckpoint, topology: TargetTopology, rank: int
 ) -> Iterator[tuple[str, Any]]:
-    """The layer files of a tensor-parallel rank by name, whose ``shards`` these are."""
+    """The layer files of a tensor-parallel rank by name, whose ``shards`` these are.
+
+    Without ZeRO they have the weights that are trained, and no copies of them.
+    """
     source = source_of(checkpoint)
-    if tensor_ranks is None and checkpoint.tensor_ranks == 1:
+    if topology.stage and topology.tensor_ranks == checkpoint.tensor_ranks == 1:
         yield from layer_files.trees(source)
-    else:
-        number = None if tensor_ranks is None else rank
-        yield from layer_files.trees_of_shards(source, shards, number)
+        return
+    if not topology.stage:
+        shards = replace(shards, weights=replace(shards.weights, copies={}))
+    number = rank if topology.tensor_ranks > 1 else None
+    yield from layer_files.trees_of_shards(source, shards, number)
 
 
 def _stages_files(

@@ -54,7 +54,7 @@ def prove(
     for rank, shards in enumerate(reshard.by_tensor_rank(checkpoint, tensor_ranks)):
         lane = _Lane.of(lanes[rank], checkpoint)
         counts.update(_prove_stages(provenance, shards, topology, lane))
-        trees = pipeline_files.layer_trees(checkpoint, shards, tensor_ranks, rank)
+        trees = pipeline_files.layer_trees(checkpoint, shards, topology, rank)
         counts["copies"] += _prove_layers(provenance, trees, lane)
     return {key: count // len(lanes) for key, count in counts.items()}
 

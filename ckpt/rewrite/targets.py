@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ckpt.rewrite import heads
 from converters import words
 from converters.errors import CheckpointError
 from converters.options import EP, PP, TP
@@ -55,7 +56,7 @@ def target_of(
         dense = source.dense
         if degree > 1:
             require_foldable(source, expert_ranks)
-    tensor_ranks = TensorRanks.of(dense, degree) if degree > 1 else None
+    tensor_ranks = _tensor_ranks(source, dense, degree)
     target = native.target(
         source,
         settings.stage,
@@ -63,6 +64,8 @@ def target_of(
         settings.sub_group_size,
         settings.zero_init,
     )
+    if tensor_ranks is not None and target.stage == 3:
+        tensor_ranks.require_elements()
     return replace(target, tensor_ranks=degree, expert_ranks=expert_ranks), tensor_ranks
 
 
@@ -97,7 +100,7 @@ def _of_stages(
     pipeline = pipeline_files.source_of(source)
     assert isinstance(source, MergedCheckpoint)
     degree = settings.tp or 1
-    tensor_ranks = TensorRanks.of(source, degree) if degree > 1 else None
+    tensor_ranks = _tensor_ranks(source, source, degree)
     shapes = (
         tensor_ranks.shapes_of(0)
         if tensor_ranks
@@ -123,6 +126,13 @@ def _of_stages(
     )
     pipeline_files.require(source, target)
     return target, tensor_ranks
+
+
+def _tensor_ranks(
+    source: zero.Checkpoint, dense: zero.Checkpoint, degree: int
+) -> TensorRanks | None:
+    """How the ``dense`` part of a checkpoint is cut for several tensor-parallel ranks."""
+    return TensorRanks.of(dense, degree, heads.key_heads(source)) if degree > 1 else None
 
 
 def tied_key(pp: str | None) -> str | None:

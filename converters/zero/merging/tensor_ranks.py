@@ -13,8 +13,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from converters import words
+from converters.accessors import is_whole_number
 from converters.errors import CheckpointError, MalformedError
-from converters.options import TP, TP_RULES
+from converters.options import STAGE, TP, TP_RULES
 from converters.tensors import Listed, TensorRef
 from converters.zero import muon
 from converters.zero.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ from converters.zero.merging.checkpoint import (
 )
 from converters.zero.parallel import (
     affine_map,
+    auto_tp,
     cut_table,
     cuts,
     degrees,
@@ -37,9 +39,11 @@ from converters.zero.parallel import (
     patterns,
     rules,
 )
+from converters.zero.parallel.auto_tp import HeadRule
 from converters.zero.parallel.cuts import Cut, Shape
 from converters.zero.param_groups import WEIGHTS, ParamGroup
 
+_KEY_HEADS = "ckpt_key_heads"  # in universal_checkpoint_info: even cuts do not tell them
 _VERSION = 0.4  # of universal_checkpoint_info, DeepSpeed 0.19.8 checkpoint/constants.py
 
 
@@ -50,11 +54,13 @@ class TensorRanks:
     checkpoint: Checkpoint
     rank_count: int
     layouts: Mapping[str, Cut]
+    head_rule: HeadRule | None = None
 
     @staticmethod
-    def of(checkpoint: Checkpoint, rank_count: int) -> TensorRanks:
-        """The cuts for ``rank_count`` ranks.
+    def of(checkpoint: Checkpoint, rank_count: int, key_heads: int | None = None) -> TensorRanks:
+        """The cuts for ``rank_count`` ranks, of AutoTP by the rule that it has for heads.
 
+        ``key_heads`` are those that the model's configuration counts, if it is there.
         ``CheckpointError`` where nothing says how a parameter is cut, or it cannot be
         cut for that many ranks.
         """
@@ -64,6 +70,7 @@ class TensorRanks:
         if isinstance(checkpoint, MergedCheckpoint):
             recorded, saved_count = checkpoint.cuts, checkpoint.tensor_ranks
 
+        rule = _head_rule(checkpoint, rank_count, key_heads)
         layouts: dict[str, Cut] = {}
         unknown: dict[str, str] = {}
         engine_table = engine_cuts.table_for(checkpoint.model, rank_count)
@@ -72,7 +79,9 @@ class TensorRanks:
             if engine_table is not None and name not in checkpoint.weights.buffers:
                 layout = engine_cuts.cut_of(engine_table, name, tensor.shape)
             if layout is None:
-                layout = _layout(checkpoint, name, recorded.get(name), saved_count, rank_count)
+                layout = _layout(
+                    checkpoint, name, recorded.get(name), saved_count, rank_count, rule
+                )
             if layout is None:
                 unknown[name] = words.shape(checkpoint.weights.tensors[name].shape)
             else:
@@ -84,11 +93,22 @@ class TensorRanks:
                 f"tensor-parallel ranks; {cut_table.template(unknown)}",
                 "unsupported",
             )
-        return TensorRanks(checkpoint, rank_count, layouts)
+        return TensorRanks(checkpoint, rank_count, layouts, rule)
 
     def shapes_of(self, rank: int) -> dict[str, Shape]:
         """The shapes of the shards that a tensor-parallel rank has."""
         return {name: layout.shard_shapes[rank] for name, layout in self.layouts.items()}
+
+    def require_elements(self) -> None:
+        """Raises where a rank would have nothing of a parameter, which stage 3 does not train."""
+        for name, layout in self.layouts.items():
+            if any(0 in shape for shape in layout.shard_shapes.values()) and 0 not in layout.shape:
+                raise CheckpointError(
+                    f"{self.checkpoint.place.folder}: {self.rank_count} tensor-parallel ranks are "
+                    f"more than there is of {name} to share, and DeepSpeed trains no such ranks "
+                    f"under stage 3; name {STAGE} 1 or 2, or another {TP}",
+                    "unsupported",
+                )
 
     def rank(self, rank: int) -> MergedCheckpoint:
         """The source of a tensor-parallel rank's files: a checkpoint of its shards."""
@@ -133,16 +153,17 @@ class TensorRanks:
         merged_changes: Mapping[str, Any] = {}
         if isinstance(checkpoint, MergedCheckpoint):
             merged_changes = checkpoint.changes
-        if isinstance(checkpoint, MergedCheckpoint) and checkpoint.cuts:
-            records = source.entries.get(roots.INFO)
-            info |= records if isinstance(records, dict) else {}
-            info.pop(patterns.WIDTHS, None)
+        records = source.entries.get(roots.INFO)
+        info |= records if isinstance(records, dict) else {}
+        info.pop(patterns.WIDTHS, None)
 
         entries = {
             cut_table.key_of(name): affine_map.entry_of(layout)
             for name, layout in self.layouts.items()
             if name not in checkpoint.weights.buffers
         }
+        if self.head_rule is not None and self.head_rule.key_heads is not None:
+            info[_KEY_HEADS] = self.head_rule.key_heads
         info["affine_map"] = {"version": affine_map.VERSION, "params": entries}
         config = dict(checkpoint.model.config)
         saved_config = source.entries.get(roots.CONFIGURATION)
@@ -169,8 +190,26 @@ def _require(checkpoint: Checkpoint) -> None:
         )
 
 
+def _head_rule(checkpoint: Checkpoint, rank_count: int, key_heads: int | None) -> HeadRule | None:
+    """The rule of AutoTP that the checkpoint was cut by, for so many ranks, if it was."""
+    if not isinstance(checkpoint, MergedCheckpoint) or checkpoint.tensor_ranks in (1, rank_count):
+        return None
+    entries = original(checkpoint).entries
+    config, info = entries.get(roots.CONFIGURATION), entries.get(roots.INFO)
+    if not isinstance(config, dict) or not isinstance(config.get(roots.AUTOTP), dict):
+        return None
+    if key_heads is None and isinstance(info, dict) and is_whole_number(info.get(_KEY_HEADS), 1):
+        key_heads = info[_KEY_HEADS]
+    return auto_tp.rule_for(checkpoint.cuts, checkpoint.tensor_ranks, rank_count, key_heads)
+
+
 def _layout(
-    checkpoint: Checkpoint, name: str, recorded: Cut | None, saved_count: int, rank_count: int
+    checkpoint: Checkpoint,
+    name: str,
+    recorded: Cut | None,
+    saved_count: int,
+    rank_count: int,
+    rule: HeadRule | None,
 ) -> Cut | None:
     """How a parameter or buffer is cut; ``None`` where nothing says it."""
     shape = checkpoint.weights.tensors[name].shape
@@ -181,6 +220,10 @@ def _layout(
     by_rule = user_rules.cut_whole(name, shape, rank_count) if user_rules else None
     if by_rule is not None or recorded is None:
         return by_rule
+
+    by_heads = rule.cut(name, recorded) if rule is not None else None
+    if by_heads is not None:
+        return by_heads
 
     try:
         return degrees.for_ranks(recorded, saved_count, rank_count)

@@ -208,11 +208,12 @@ def _notes_on_ranks(
     """Notes on ranks that are gone, or are new."""
     saved_world_size = merged.original(source).world_size
     rule = tensor_ranks.head_rule if tensor_ranks is not None else None
-    if rule is not None:
+    if rule is not None and rule.key_heads is not None:
+        shares = ", ".join(map(str, rule.widths((rule.key_heads, True))))
         yield (
-            f"made for {rule.rank_count} tensor-parallel ranks of AutoTP, which cuts "
-            f"{'no heads' if rule.key_heads is None else counted(rule.key_heads, 'key head')} "
-            "apart; the engine's model must have the same"
+            f"made for {rule.rank_count} tensor-parallel ranks of AutoTP, which share "
+            f"{counted(rule.key_heads, 'key head')} ({shares}); the engine's model must have as "
+            "many"
         )
     elif target.tensor_ranks > 1 and not engine_cuts.are_known():
         yield (

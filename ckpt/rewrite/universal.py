@@ -128,7 +128,7 @@ def plan_from(
         output=absolute(output_path(output or default_output(home, name))),
         tag=native.tag_folder(source),
         companions=tuple(job.companions_for(home, saved_world_size, world_size)),
-        notes=(*source.notes, *reshard.notes_on(source, target)),
+        notes=(*source.notes, *reshard.notes_on(source, target, tensor_ranks)),
         tensor_ranks=tensor_ranks,
     )
 

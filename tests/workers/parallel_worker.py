@@ -27,6 +27,7 @@ from typing import Any
 
 import split_pipelines
 import torch
+import uneven_heads
 from ending import run_jobs
 from parallel_experts import ModelRanks
 from torch import nn
@@ -147,8 +148,9 @@ def config_of(job: dict[str, Any]) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if job.get("tp", 1) > 1 and job["model"] == "fused":
-        partitioning = {"partition_config": PARTITIONING}
+    if job.get("tp", 1) > 1 and job["model"] in ("fused", "heads"):
+        of_model = PARTITIONING if job["model"] == "fused" else uneven_heads.PARTITIONING
+        partitioning = {"partition_config": of_model}
         config["tensor_parallel"] = {"autotp_size": job["tp"], **partitioning}
     if job.get("bf16"):
         config["bf16"] = {"enabled": True}
@@ -163,8 +165,9 @@ def model_of(job: dict[str, Any]) -> nn.Module:
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
     torch.manual_seed(job.get("seed", 1234))
-    if job["model"] == "fused":
-        return Fused()
+    if job["model"] in ("fused", "heads"):
+        is_fused = job["model"] == "fused"
+        return Fused() if is_fused else uneven_heads.UnevenHeads(WORDS, HIDDEN, HEAD, inner=25)
     if job["model"] == "split":
         ranks = job.get("tp", 1)
         if job.get("pp"):

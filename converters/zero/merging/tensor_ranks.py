@@ -194,13 +194,18 @@ def _head_rule(checkpoint: Checkpoint, rank_count: int, key_heads: int | None) -
     """The rule of AutoTP that the checkpoint was cut by, for so many ranks, if it was."""
     if not isinstance(checkpoint, MergedCheckpoint) or checkpoint.tensor_ranks in (1, rank_count):
         return None
-    entries = original(checkpoint).entries
-    config, info = entries.get(roots.CONFIGURATION), entries.get(roots.INFO)
-    if not isinstance(config, dict) or not isinstance(config.get(roots.AUTOTP), dict):
+    if not _is_of_auto_tp(checkpoint):
         return None
+    info = original(checkpoint).entries.get(roots.INFO)
     if key_heads is None and isinstance(info, dict) and is_whole_number(info.get(_KEY_HEADS), 1):
         key_heads = info[_KEY_HEADS]
     return auto_tp.rule_for(checkpoint.cuts, checkpoint.tensor_ranks, rank_count, key_heads)
+
+
+def _is_of_auto_tp(checkpoint: Checkpoint) -> bool:
+    """Whether AutoTP cut a checkpoint, as its configuration tells."""
+    config = original(checkpoint).entries.get(roots.CONFIGURATION)
+    return isinstance(config, dict) and isinstance(config.get(roots.AUTOTP), dict)
 
 
 def _layout(
@@ -230,10 +235,12 @@ def _layout(
     except MalformedError as error:
         # rules have to fit the saved shards, too, so that none cuts these otherwise
         is_uneven = isinstance(error, degrees.UnevenCutError)
-        rules_note = "" if is_uneven else f"{TP_RULES('FILE')} may say how, or "
+        advice = "" if is_uneven else f"{TP_RULES('FILE')} may say how, or "
+        if is_uneven and rule is None and _is_of_auto_tp(checkpoint):
+            advice = "put the model's config.json, which counts the key heads, beside it, or "
         raise CheckpointError(
             f"{checkpoint.place.folder}: {name} is not cut for {rank_count} tensor-parallel ranks: "
-            f"{error}; {rules_note}name another {TP}, or make a folder with ckpt to-universal, "
+            f"{error}; {advice}name another {TP}, or make a folder with ckpt to-universal, "
             "which engines of AutoTP cut themselves",
             "unsupported",
         ) from error

@@ -25,7 +25,7 @@ from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.words import counted
 from converters.zero.merging.saved_degrees import NONE, Degrees
-from converters.zero.native.stage_layers import StageLayers
+from converters.zero.native.stages.stage_layers import StageLayers
 from converters.zero.native.target import SUB_GROUP
 
 _CUTS = "universal_checkpoint_info"  # of the model (checkpoint/constants.py)
@@ -123,8 +123,11 @@ class Layout:
             settings["zero_init"] = zero_init
         return cls(topology, settings)
 
-    def options(self, source_topology: Topology) -> dict[str, Any]:
-        """The settings that matter to what is resharded from ``source_topology``."""
+    def options(self, source_topology: Topology, *, is_pipeline: bool) -> dict[str, Any]:
+        """The settings that matter to what is resharded from ``source_topology``.
+
+        ``is_pipeline``: whether that is of a pipeline, of one stage or of several.
+        """
         settings = {
             name: value
             for name, value in self.settings.items()
@@ -135,7 +138,7 @@ class Layout:
             settings["tp"] = current.tensor_ranks
         if source_topology.degrees.expert_ranks and len(current.expert_ranks or ()) == 1:
             (settings["ep"],) = current.expert_ranks or ()
-        if source_topology.degrees.stages > 1 and self.pipeline and current.tensor_ranks == 1:
+        if is_pipeline and self.pipeline:
             settings["pp"] = self.pipeline
         return settings
 

@@ -27,6 +27,7 @@ from converters.errors import CheckpointError
 from converters.source import Place
 from converters.zero.merging import saved_degrees
 from converters.zero.merging.saved_degrees import Degrees
+from converters.zero.model_ranks import folder_files
 
 if TYPE_CHECKING:
     from ckpt.distributed.ranks import RankGroup
@@ -97,6 +98,12 @@ class ResumePoint:
         line = f"{self.folder}: step {self.step}{tag}{run}, {proof}"
         metrics = [f"{name} {value:g}" for name, value in (self.metrics or {}).items()]
         return "; ".join([line, *metrics[:3]])
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether it is of a pipeline, as several stages or the files of layers tell."""
+        place = Place(self.folder, self.folder / self.tag, self.tag)
+        return self.topology.degrees.stages > 1 or bool(folder_files.scan(place).layers)
 
     def go_on(self, engine: EngineView, batch: Mapping[str, Any]) -> None:
         """Sets what DeepSpeed does not load: micro steps, as of the last whole step.

@@ -88,15 +88,13 @@ def refusal(source: ResumePoint, layout: Layout, alternative: str = "") -> Check
 def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
     """What to do where no command makes native files
     for such an engine; ``None`` elsewhere."""
-    saved, current = source.topology.degrees, layout.topology.degrees
-    is_without_tp = saved.tensor_ranks == current.tensor_ranks == 1
-    is_written = saved.stages > 1 and is_without_tp and layout.pipeline is not None
+    current = layout.topology.degrees
+    is_written = source.is_pipeline and layout.pipeline is not None
     if current.stages > 1 and not is_written:
         return (
-            "native files of several pipeline stages are written of pipelines without tensor "
-            f"parallelism alone: load a universal folder (ckpt to-universal {source.folder}), "
-            "which DeepSpeed cuts itself, with checkpoint.load_universal in its configuration "
-            "and engine.load_checkpoint"
+            "native files of several pipeline stages are written of pipelines alone: load a "
+            f"universal folder (ckpt to-universal {source.folder}), which DeepSpeed cuts itself, "
+            "with checkpoint.load_universal in its configuration and engine.load_checkpoint"
         )
     if len(current.expert_ranks or ()) > 1:
         return (
@@ -117,7 +115,7 @@ def _needs_rules(source: ResumePoint, layout: Layout) -> bool:
 def _command(source: ResumePoint, layout: Layout) -> str:
     """The command line that makes of the checkpoint what loads."""
     current = layout.topology
-    settings = layout.options(source.topology)
+    settings = layout.options(source.topology, is_pipeline=source.is_pipeline)
     output = _output_of(source, layout)
     return reshard_command.command(
         source.folder, current.world_size, current.stage, output, settings
@@ -142,12 +140,12 @@ def _output_of(source: ResumePoint, layout: Layout) -> Path:
     """The folder beside the checkpoint that it is resharded to, as ``reshard`` names it."""
     saved, current = source.topology, layout.topology
     stage = f"-z{current.stage}" if current.stage != saved.stage else ""
-    settings = layout.options(saved)
+    settings = layout.options(source.topology, is_pipeline=source.is_pipeline)
     degree = f"-tp{settings['tp']}" if "tp" in settings else ""
     if "ep" in settings and saved.degrees.expert_ranks != (settings["ep"],):
         degree += f"-ep{settings['ep']}"
     if "pp" in settings:
-        degree = f"-pp{current.degrees.stages}"
+        degree += f"-pp{current.degrees.stages}"
     name = f"{source.folder.name}{stage}{degree}-w{current.world_size}"
     return source.folder.with_name(name)
 
@@ -321,7 +319,7 @@ def _plan_rewriting(source: ResumePoint, layout: Layout) -> Rewriting:
 
     current = layout.topology
     settings: dict[str, Any] = {"stage": current.stage, "tag": source.tag}
-    settings |= layout.options(source.topology)
+    settings |= layout.options(source.topology, is_pipeline=source.is_pipeline)
     with (
         options.using(options.of_functions({})),  # a resume has none of these arguments
         engine_cuts.using(layout.cuts),

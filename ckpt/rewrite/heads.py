@@ -2,7 +2,8 @@
 
 AutoTP cuts attention between heads, unevenly where their number is not divisible by
 that of the ranks (DeepSpeed 0.19.8 ``module_inject/tp_shard.py``: ``get_shard_size``).
-Native files are written of even cuts, which such an engine does not load.
+A checkpoint of AutoTP is cut by this rule; where a file of rules says the cuts, they are
+even, which such an engine does not load.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from converters.options import TP
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.merging.checkpoint import MergedCheckpoint
 from converters.zero.merging.experts import ExpertsCheckpoint
+from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.parallel import engine_cuts
 
 # the first one that is there, as DeepSpeed asks for them (_KV_HEAD_ATTRS), and GPT-2's
@@ -23,13 +25,22 @@ _KEYS = (
 )
 
 
-def require_shared(checkpoint: Checkpoint, rank_count: int) -> None:
+def key_heads(checkpoint: Checkpoint) -> int | None:
+    """How many heads share the keys, as config.json says; ``None`` where it does not."""
+    return _heads(checkpoint)[1] or None
+
+
+def require_shared(
+    checkpoint: Checkpoint, rank_count: int, tensor_ranks: TensorRanks | None
+) -> None:
     """``CheckpointError`` where config.json counts heads that so many tensor-parallel ranks
     would have to cut apart.
 
     Those that the checkpoint was cut for, and those of an engine that says its cuts, do
-    as they did.
+    as they did; others cut as AutoTP does where its rule gave the saved cuts.
     """
+    if tensor_ranks is not None and tensor_ranks.head_rule is not None:
+        return
     dense = checkpoint.dense if isinstance(checkpoint, ExpertsCheckpoint) else checkpoint
     saved_count = dense.tensor_ranks if isinstance(dense, MergedCheckpoint) else 1
     if rank_count in (1, saved_count) or engine_cuts.are_known():

@@ -40,7 +40,7 @@ from converters.zero import checkpoint as zero
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.merging.tensor_ranks import TensorRanks
-from converters.zero.native import expert_proof, pipeline_files, reshard, unpartitioned_files
+from converters.zero.native import expert_proof, pipeline_proof, reshard, unpartitioned_files
 from converters.zero.native import proof as retrace
 from converters.zero.native.target import TargetTopology
 from converters.zero.universal import proof, reader
@@ -264,13 +264,13 @@ def prove(rewriting: Rewriting, staged_folder: Path) -> dict[str, int]:
     source, target, plan = rewriting.source, rewriting.target, rewriting.plan
     if target is None:
         return proof.to_universal(source, plan, staged_folder)
-    if not target.stage:
+    if not target.stage and not target.stages:
         tensor_ranks = rewriting.tensor_ranks
         return unpartitioned_files.prove(source, target, plan, staged_folder, tensor_ranks)
     if isinstance(source, ExpertsCheckpoint):
         return expert_proof.prove(source, target, plan, staged_folder, rewriting.tensor_ranks)
     if target.stages and isinstance(source, merged.MergedCheckpoint):
-        return pipeline_files.prove(source, target, plan, staged_folder)
+        return pipeline_proof.prove(source, target, plan, staged_folder, rewriting.tensor_ranks)
     return reshard.prove(source, target, plan, staged_folder, rewriting.tensor_ranks)
 
 

@@ -32,6 +32,8 @@ from converters.zero.files import several_models
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging import reader as merging
 from converters.zero.merging.experts import ExpertsCheckpoint
+from converters.zero.merging.tensor_ranks import TensorRanks
+from converters.zero.native import pipeline_files
 from converters.zero.native import reshard as native
 from converters.zero.native.target import SUB_GROUP, TargetTopology, require_arguments
 from converters.zero.parallel import engine_cuts, rules
@@ -74,15 +76,14 @@ def plan(
     place = source_path(checkpoint)
     several_models.find(place, tag)  # refuses a choice between models
     with rules.using(tp_rules):
-        source = merging.read(place, tag)
+        stages = None if pp is None else str(pp)
+        source = merging.read(place, tag, targets.tied_key(stages))
         if world_size is None:
             world_size = merged.original(source).world_size
             require_arguments(world_size, stage, sub_group_size, tp, ep)
-        settings = Settings(
-            stage, sub_group_size, zero_init, tp, ep, None if pp is None else str(pp)
-        )
+        settings = Settings(stage, sub_group_size, zero_init, tp, ep, stages)
         target, tensor_ranks = targets.target_of(source, world_size, settings)
-    heads.require_shared(source, target.tensor_ranks)
+    heads.require_shared(source, target.tensor_ranks, tensor_ranks)
     _require_change(source, target)
 
     home = job.home_of(source)
@@ -102,7 +103,7 @@ def plan(
         notes=(
             *source.notes,
             *step_records.contradictions(source),
-            *notes_on(source, target),
+            *notes_on(source, target, tensor_ranks),
             *job.notes_on_lost_ranks(companions, world_size),
             *_note_on_files_left_out(home, {path.name for path, _ in companions}),
         ),
@@ -122,6 +123,7 @@ def _require_change(source: zero.Checkpoint, target: TargetTopology) -> None:
     saved = merged.original(source)
     degree = len(saved.lanes) if isinstance(saved, TensorParallelCheckpoint) else 1
     is_other = isinstance(source, merged.MergedCheckpoint) and degree == 1
+    is_other |= pipeline_files.is_pipeline(source)
     if isinstance(source, ExpertsCheckpoint):
         is_other = source.expert_sizes != (target.expert_ranks,)
     if target.tensor_ranks != degree or is_other:
@@ -167,10 +169,12 @@ def _sub_group_size(source: zero.Checkpoint) -> int:
     return SUB_GROUP
 
 
-def notes_on(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
+def notes_on(
+    source: zero.Checkpoint, target: TargetTopology, tensor_ranks: TensorRanks | None = None
+) -> Iterator[str]:
     """Notes for whoever resumes from ``target``."""
     setting = source.model.setting
-    yield from _notes_on_ranks(source, target)
+    yield from _notes_on_ranks(source, target, tensor_ranks)
     if target.stage == 3 and source.stage < 3:
         yield f"made for sub_group_size {target.sub_group_size}; {SAME_IN_ENGINE}"
 
@@ -198,10 +202,20 @@ def notes_on(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
         yield ("elastic_checkpoint: DeepSpeed asks for optimizers that count steps in their groups")
 
 
-def _notes_on_ranks(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
+def _notes_on_ranks(
+    source: zero.Checkpoint, target: TargetTopology, tensor_ranks: TensorRanks | None
+) -> Iterator[str]:
     """Notes on ranks that are gone, or are new."""
     saved_world_size = merged.original(source).world_size
-    if target.tensor_ranks > 1 and not engine_cuts.are_known():
+    rule = tensor_ranks.head_rule if tensor_ranks is not None else None
+    if rule is not None and rule.key_heads is not None:
+        shares = ", ".join(map(str, rule.widths((rule.key_heads, True))))
+        yield (
+            f"made for {rule.rank_count} tensor-parallel ranks of AutoTP, which share "
+            f"{counted(rule.key_heads, 'key head')} ({shares}); the engine's model must have as "
+            "many"
+        )
+    elif target.tensor_ranks > 1 and not engine_cuts.are_known():
         yield (
             f"made for {target.tensor_ranks} tensor-parallel ranks that cut parameters evenly; an "
             "engine that cuts heads otherwise refuses the shapes"

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ckpt.rewrite import heads
 from converters import words
 from converters.errors import CheckpointError
 from converters.options import EP, PP, TP
 from converters.plan import Plan
 from converters.zero import checkpoint as zero
+from converters.zero.files.state_files import Shape
 from converters.zero.merging.checkpoint import MergedCheckpoint
 from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import (
-    example_stages,
     expert_files,
     pipeline_files,
-    stage_layers,
     unpartitioned_files,
 )
 from converters.zero.native import reshard as native
 from converters.zero.native.expert_ranks import require_foldable
-from converters.zero.native.stage_layers import StageLayers
+from converters.zero.native.stages import example_stages, stage_layers
+from converters.zero.native.stages.stage_layers import StageLayers
 from converters.zero.native.target import TargetTopology
 from converters.zero.pipeline.stages import PipelineCheckpoint
 
@@ -46,7 +48,7 @@ def target_of(
     ``CheckpointError`` for what cannot be cut up so.
     """
     if settings.pp is not None and not _is_plain(source, settings.pp):
-        return _of_stages(source, world_size, settings), None
+        return _of_stages(source, world_size, settings)
     degree = settings.tp or 1
     expert_ranks = _expert_ranks(source, settings.ep)
     dense = source
@@ -54,7 +56,7 @@ def target_of(
         dense = source.dense
         if degree > 1:
             require_foldable(source, expert_ranks)
-    tensor_ranks = TensorRanks.of(dense, degree) if degree > 1 else None
+    tensor_ranks = _tensor_ranks(source, dense, degree)
     target = native.target(
         source,
         settings.stage,
@@ -62,6 +64,8 @@ def target_of(
         settings.sub_group_size,
         settings.zero_init,
     )
+    if tensor_ranks is not None and target.stage == 3:
+        tensor_ranks.require_elements()
     return replace(target, tensor_ranks=degree, expert_ranks=expert_ranks), tensor_ranks
 
 
@@ -69,12 +73,12 @@ def file_plan(
     source: zero.Checkpoint, target: TargetTopology, tensor_ranks: TensorRanks | None
 ) -> Plan:
     """The files of the target."""
-    if not target.stage:
+    if not target.stage and not target.stages:
         return unpartitioned_files.plan(source, target, tensor_ranks)
     if isinstance(source, ExpertsCheckpoint):
         return expert_files.plan(source, target, tensor_ranks)
     if target.stages and isinstance(source, MergedCheckpoint):
-        return pipeline_files.plan(source, target)
+        return pipeline_files.plan(source, target, tensor_ranks)
     return native.plan(source, target, tensor_ranks)
 
 
@@ -84,29 +88,59 @@ def degrees_in_name(source: zero.Checkpoint, target: TargetTopology) -> str:
         is_same = source.expert_sizes == (target.expert_ranks,)
         tensor_part = f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
         return tensor_part + ("" if is_same else f"-ep{target.expert_ranks}")
-    if target.stages:
-        return f"-pp{len(target.stages)}"
-    return f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
+    tensor_part = f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
+    return tensor_part + (f"-pp{len(target.stages)}" if target.stages else "")
 
 
-def _of_stages(source: zero.Checkpoint, world_size: int, settings: Settings) -> TargetTopology:
+def _of_stages(
+    source: zero.Checkpoint, world_size: int, settings: Settings
+) -> tuple[TargetTopology, TensorRanks | None]:
     """The topology of a pipeline; ``CheckpointError`` for what is not written for its stages."""
     assert settings.pp is not None
     pipeline = pipeline_files.source_of(source)
     assert isinstance(source, MergedCheckpoint)
-    stages = _stages(source, pipeline, settings.pp)
-    if settings.tp not in (None, 1) or settings.ep not in (None, 1) or world_size % len(stages):
+    degree = settings.tp or 1
+    tensor_ranks = _tensor_ranks(source, source, degree)
+    shapes = (
+        tensor_ranks.shapes_of(0)
+        if tensor_ranks
+        else {n: t.shape for n, t in source.weights.tensors.items()}
+    )
+    stages = _stages(source, pipeline, settings.pp, shapes)
+    if settings.ep not in (None, 1) or world_size % (len(stages) * degree):
+        by_ranks = f" of {words.counted(degree, 'tensor-parallel rank')}" if degree > 1 else ""
         raise CheckpointError(
-            f"{source.place.folder} is not written for {words.counted(len(stages), 'stage')} among "
-            f"{words.counted(world_size, 'rank')} so; the stages of {PP} have as many ranks "
-            f"each, and neither {TP} nor {EP}",
+            f"{source.place.folder} is not written for {words.counted(len(stages), 'stage')}"
+            f"{by_ranks} among {words.counted(world_size, 'rank')} so; the stages of {PP} have as "
+            f"many ranks each, divided among the ranks of {TP}, and no {EP}",
             "refused",
         )
-    stage = settings.stage if settings.stage is not None else max(source.stage, 1)
-    target = native.target(source, stage, world_size // len(stages))
-    target = replace(target, stages=stage_layers.for_checkpoint(source, pipeline, stages))
+    is_numbered = source.optimizer_entries is not None  # in fp32 without ZeRO
+    stage = settings.stage
+    if stage is None:
+        stage = 0 if is_numbered else max(source.stage, 1)
+    target = replace(
+        native.target(source, stage, world_size // len(stages) // degree),
+        tensor_ranks=degree,
+        stages=stage_layers.for_checkpoint(source, pipeline, stages),
+    )
     pipeline_files.require(source, target)
-    return target
+    return target, tensor_ranks
+
+
+def _tensor_ranks(
+    source: zero.Checkpoint, dense: zero.Checkpoint, degree: int
+) -> TensorRanks | None:
+    """How the ``dense`` part of a checkpoint is cut for several tensor-parallel ranks."""
+    return TensorRanks.of(dense, degree, heads.key_heads(source)) if degree > 1 else None
+
+
+def tied_key(pp: str | None) -> str | None:
+    """The only key of a tied module in the stages that an option says."""
+    if pp is None or example_stages.count_in(pp) is not None:
+        return None
+    keys = {key for stage in stage_layers.parse(pp) for key in stage.tied}
+    return keys.pop() if len(keys) == 1 else None
 
 
 def _is_plain(source: zero.Checkpoint, pp: str) -> bool:
@@ -115,7 +149,7 @@ def _is_plain(source: zero.Checkpoint, pp: str) -> bool:
 
 
 def _stages(
-    source: MergedCheckpoint, pipeline: PipelineCheckpoint, pp: str
+    source: MergedCheckpoint, pipeline: PipelineCheckpoint, pp: str, shapes: Mapping[str, Shape]
 ) -> tuple[StageLayers, ...]:
     """The stages that an option says; ``CheckpointError``, with an example, for a number of
     several."""
@@ -123,7 +157,7 @@ def _stages(
     if stage_count is None:
         return stage_layers.parse(pp)
     if stage_count > 1:
-        raise example_stages.refusal(source, pipeline, stage_count)
+        raise example_stages.refusal(source, pipeline, stage_count, shapes)
     return (StageLayers(0, None),)
 
 

@@ -112,7 +112,7 @@ def plan_from(
         own_stage = universal.stage if stage is None else stage
         settings = Settings(own_stage, sub_group_size, zero_init, tp, ep)
         target, tensor_ranks = targets.target_of(source, world_size, settings)
-    heads.require_shared(source, target.tensor_ranks)
+    heads.require_shared(source, target.tensor_ranks, tensor_ranks)
 
     home = job.home_of(source)
     degrees = targets.degrees_in_name(source, target)
@@ -128,7 +128,7 @@ def plan_from(
         output=absolute(output_path(output or default_output(home, name))),
         tag=native.tag_folder(source),
         companions=tuple(job.companions_for(home, saved_world_size, world_size)),
-        notes=(*source.notes, *reshard.notes_on(source, target)),
+        notes=(*source.notes, *reshard.notes_on(source, target, tensor_ranks)),
         tensor_ranks=tensor_ranks,
     )
 

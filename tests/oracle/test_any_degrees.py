@@ -7,6 +7,8 @@ Stock DeepSpeed trains on from such files in ``tests/training``.
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,13 @@ from converters.errors import CheckpointError
 from converters.tensors import TensorRef
 from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import unpartitioned_files
-from converters.zero.native.stage_layers import StageLayers
+from converters.zero.native.stages import partition_methods
+from converters.zero.native.stages.stage_layers import StageLayers
 
 FOLDED = PARALLEL / "aeptp_mixtral_z2_w4"
 PIPELINE = SPLIT / "pipeline-zero1"
+THREE_D = PARALLEL / "p3dm_z1_w4"  # two stages of two tensor-parallel ranks
+NUMBERED = SPLIT / "pipeline-zero0-fp32"  # three stages, without ZeRO
 UNPARTITIONED = PARALLEL / "tp_z0fp32_w4"
 RULES = {
     r".*\.(q|k|v)_proj\.weight": "dim 0",
@@ -138,6 +143,74 @@ def test_a_pipeline_is_written_for_other_stages_and_back(
             assert_same(again[name], first, name)
 
 
+def assert_same_files(folder: Path, source: Path) -> None:
+    """Every file of the source is there, with the same values but for what is not of its state."""
+    expected, again = roots(source), roots(folder)
+    assert again.keys() == expected.keys()
+    for name, first in expected.items():
+        if "universal_checkpoint_info" in first:  # says the cuts of parameters one by one, too
+            info = first.pop("universal_checkpoint_info")
+            written = again[name].pop("universal_checkpoint_info")
+            assert {key: written[key] for key in info} == info
+        if name.endswith("optim_states.pt"):  # has a copy of the tied module that nobody uses
+            continue
+        assert_same(again[name], first, name)
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "degrees"),
+    [
+        (8, 1, {"tp": 4, "pp": "0-1+embed,2-+embed"}),
+        (4, 1, {"tp": 4, "pp": 1}),
+        (3, 1, {"pp": "0-1+embed,2-2,3-+embed"}),
+        (4, 3, {"tp": 2}),  # a plain module
+        (3, 2, {}),
+    ],
+)
+def test_tensor_parallel_stages_are_written_for_other_degrees_and_back(
+    world: int, stage: int, degrees: dict[str, Any], tmp_path: Path
+) -> None:
+    output = made(THREE_D, tmp_path / "o", world, stage, **degrees)
+    expected = values_of(THREE_D)
+    assert values_of(output) == expected
+    if "pp" not in degrees:
+        return
+    options: dict[str, Any] = {"tp": 2, "pp": "0-2+embed,3-+embed"}
+    if "tp" not in degrees:
+        options["tp_rules"] = tmp_path / "rules.json"
+        parts = {r".*dense_h_to_4h\..*": {"dim": 0, "parts": 2}}
+        options["tp_rules"].write_text(json.dumps({"extends": "megatron-gpt", "rules": parts}))
+    again = made(output, tmp_path / "again", 4, 1, **options)
+    assert values_of(again) == expected
+    assert_same_files(again, THREE_D)
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "stages"),
+    [(4, 0, "0-3+embed,4-+embed"), (2, 0, "1"), (2, 1, "0-3+embed,4-+embed"), (3, 2, None)],
+)
+def test_a_pipeline_without_zero_is_written_for_other_stages_and_back(
+    world: int, stage: int, stages: str | None, tmp_path: Path
+) -> None:
+    output = made(NUMBERED, tmp_path / "o", world, stage, pp=stages)
+    assert numbered(values_of(output)) == values_of(NUMBERED)
+    if stages is None:
+        return
+    again = made(output, tmp_path / "again", 3, 0, pp="0-2+embed,3-4,5-+embed")
+    assert values_of(again) == values_of(NUMBERED)
+    for name, first in roots(NUMBERED).items():
+        if name != "mp_rank_02_model_states.pt":  # has a copy of the tied module that nobody uses
+            assert_same(roots(again)[name], first, name)
+
+
+def numbered(values: dict[tuple[str, str], Any]) -> dict[tuple[str, str], Any]:
+    """Values with the tied module by the number of its layer."""
+    return {
+        (key, name.replace("tied_modules.embed.", "0.")): value
+        for (key, name), value in values.items()
+    }
+
+
 @pytest.mark.parametrize(
     ("source", "stages", "stage", "reason"),
     [
@@ -147,12 +220,11 @@ def test_a_pipeline_is_written_for_other_stages_and_back(
         (PIPELINE, "0-2+embed 3-", None, "is no stage"),
         (PIPELINE, "0-4+embed,5-+head", None, "no tied module is called head"),
         (PIPELINE, "4", None, "and the tied modules, as in 0-2"),
-        (PIPELINE, "9", None, "more than the 4 layers that have parameters"),
+        (PIPELINE, "9", None, "more than the 5 layers that have parameters"),
         (FIXTURES / "zero1-bf16-w2", "2", None, "is of no pipeline"),
         (PIPELINE, "0-4+embed,5-", None, "trains nothing of param group 0"),
         (PIPELINE, "0-1+embed,2-3,4-+embed", 2, "under ZeRO 1 alone"),
         (FIXTURES / "zero1-bf16-w2", "0-", None, "is of no pipeline"),
-        (PARALLEL / "p3dm_z1_w4", "0-", None, "is of a pipeline of tensor-parallel stages"),
     ],
 )
 def test_stages_that_are_not_written_are_refused(
@@ -168,15 +240,44 @@ def test_ranks_that_the_stages_do_not_share_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage_count", "stages"), [(2, "0-2+embed,3-+embed"), (3, "0-2+embed,3-3,4-+embed")]
+    ("source", "stage_count", "answer"),
+    [
+        (PIPELINE, 2, '"parameters" and "uniform" gives pp="0-2+embed,3-+embed"'),
+        (PIPELINE, 3, '"uniform" gives pp="0-1+embed,2-3,4-+embed"'),  # the other trains too little
+        (
+            THREE_D,
+            3,
+            '"parameters" gives pp="0-2+embed,3-3,4-+embed", '
+            '"uniform" gives pp="0-1+embed,2-3,4-+embed"',
+        ),
+        (SPLIT / "llama-zero1-logits", 3, '"uniform" gives pp="0-1,2-3,4-"'),  # as it was parted
+    ],
 )
-def test_a_number_of_stages_is_answered_with_their_layers(stage_count: int, stages: str) -> None:
+def test_a_number_of_stages_is_answered_with_what_deepspeed_makes_of_it(
+    source: Path, stage_count: int, answer: str
+) -> None:
     with pytest.raises(CheckpointError, match="does not say which layers") as error:
-        reshard.plan(PIPELINE, 6, pp=stage_count)
-    example = str(error.value).rpartition("pp=")[2].strip('"')
-    assert example == stages
-    plan = reshard.plan(PIPELINE, 6, pp=example)
-    assert ",".join(map(str, plan.target.stages)) == stages
+        reshard.plan(source, 6, pp=stage_count)
+    assert str(error.value).endswith(f"name them; DeepSpeed's partition_method {answer}")
+    for example in re.findall('pp="([^"]*)"', answer):
+        target = reshard.plan(source, 6, pp=example).target
+        assert target is not None
+        assert ",".join(map(str, target.stages)) == example
+
+
+def test_layers_are_parted_as_deepspeed_parts_them() -> None:
+    from deepspeed.runtime.utils import partition_balanced, partition_uniform
+
+    rng = random.Random(1)
+    for _ in range(200):
+        numels = [rng.choice([0, 0, 3, 5, 7, 100]) for _ in range(rng.randint(1, 14))]
+        stage_count = rng.randint(1, 6)
+        bounds = partition_methods.bounds_by_method(numels, stage_count)
+        expected = {
+            "parameters": partition_balanced(numels, stage_count),
+            "uniform": partition_uniform(len(numels), stage_count),
+        }
+        assert bounds == {method: list(map(int, bounds)) for method, bounds in expected.items()}
 
 
 def test_one_stage_is_all_layers_of_a_pipeline_and_nothing_else() -> None:
@@ -248,7 +349,7 @@ def test_what_is_not_written_without_zero_is_refused(source: Path, reason: str) 
 def test_states_of_other_parameters_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = unpartitioned_files._optimizer
+    written = unpartitioned_files.optimizer_of
 
     def swapped(group: Any) -> Any:
         tree = written(group)
@@ -256,7 +357,7 @@ def test_states_of_other_parameters_are_found(
         state[1], state[4] = state[4], state[1]
         return tree
 
-    monkeypatch.setattr(unpartitioned_files, "_optimizer", swapped)
+    monkeypatch.setattr(unpartitioned_files, "optimizer_of", swapped)
     with pytest.raises(CheckpointError, match=r"numbers, not names|fault of ckpt"):
         made(UNPARTITIONED, tmp_path / "o", 4, 0, tp=4)
     assert not (tmp_path / "o").exists()

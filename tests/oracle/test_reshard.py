@@ -49,7 +49,6 @@ STAGES = {  # where stage 3 is refused
 }
 PARTLESS = [
     ("zero0-bf16", "without ZeRO"),
-    ("pipelines-and-experts/pipeline-zero0-fp32", "whose optimizer numbers the parameters"),
     ("pipelines-and-experts/moe-zero0-bf16", "of experts without ZeRO"),
     ("pipelines-and-experts/moe-zero1-tensor", "of experts and of tensor or pipeline"),
 ]

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.module_inject.tp_shard import AutoTPMeta, get_shard_size_list
+from hardening.degrees import values_of
 from oracles import FIXTURES, run
 from test_parallel import FEW_HEADS, FROZEN, FUSED, MEGATRON, PARALLEL, affine, assert_true, value
 from test_reshard import content
@@ -21,6 +23,7 @@ from converters.zero import param_groups
 from converters.zero.parallel import affine_map, cuts, degrees, engine_cuts, reader
 from converters.zero.parallel.degrees import SubParameters
 
+UNEVEN = FIXTURES / "pipelines-and-experts/autotp-zero1-uneven"  # three key heads on two ranks
 RULES = {
     r".*\.(q|k|v|gate|up)_proj\..*": "dim 0",
     r".*\.(o|down)_proj\.weight": "dim 1",
@@ -35,17 +38,17 @@ def made(source: Path, output: Path, world: int, stage: int, **options: Any) -> 
 
 
 @pytest.mark.parametrize("config", [{"num_key_value_heads": 2}, {"num_attention_heads": 6}])
-def test_heads_that_ranks_cannot_share_are_not_cut_apart(
+def test_heads_that_ranks_cannot_share_are_not_cut_apart_by_rules(
     config: dict[str, int], tmp_path: Path
 ) -> None:
     """AutoTP gives each rank whole heads, so that its engine would not load even cuts."""
-    source = tmp_path / "checkpoint"
-    shutil.copytree(PARALLEL / FROZEN, source)
+    source, rules = made(PARALLEL / FROZEN, tmp_path / "alone", 2, 2), tmp_path / "rules.json"
+    rules.write_text(json.dumps(RULES))
     (source / "config.json").write_text(json.dumps({"text_config": config}))
-    assert reshard.plan(source, 4, tp=2, stage=1).target.tensor_ranks == 2
+    assert reshard.plan(source, 4, tp=2, stage=1, tp_rules=rules).target.tensor_ranks == 2
     ((key, count),) = config.items()
     with pytest.raises(CheckpointError, match=f"{key} {count}, which 4 tensor-parallel ranks"):
-        reshard.plan(source, 4, tp=4)
+        reshard.plan(source, 4, tp=4, tp_rules=rules)
 
 
 def lanes_of(folder: Path) -> dict[Any, Any]:
@@ -122,6 +125,45 @@ def test_an_engine_of_another_shape_is_refused(tmp_path: Path) -> None:
         reshard.plan(alone, 2, tp=2)
 
 
+@pytest.mark.parametrize(
+    ("source", "rank_count", "key_heads"),
+    [(UNEVEN, 3, 3), (UNEVEN, 4, 3), (PARALLEL / FEW_HEADS, 2, 2), (PARALLEL / FEW_HEADS, 3, 2)],
+)
+def test_autotp_is_cut_between_heads_as_deepspeed_cuts_it_and_back(
+    source: Path, rank_count: int, key_heads: int, tmp_path: Path
+) -> None:
+    """Some ranks may have nothing of a parameter."""
+    saved = reader.read(source)
+    plan = reshard.plan(source, rank_count, stage=1, tp=rank_count, output=tmp_path / "wide")
+    assert any(f"share {key_heads} key heads" in note for note in plan.notes)
+    reshard.execute(plan)
+    wide = reader.read(tmp_path / "wide", complete=True)
+    meta = AutoTPMeta(num_kv_heads=key_heads)
+    for name, layout in wide.cuts.items():
+        if (parts := degrees.sub_parameters(layout)) is None:
+            continue
+        (total,) = parts.widths
+        expected = get_shard_size_list(total, rank_count, meta, name.rpartition(".")[0])
+        assert [shape[parts.axis] for shape in layout.shard_shapes.values()] == expected, name
+    assert values_of(tmp_path / "wide") == values_of(source)
+    options = {"tp": len(saved.lanes), "stage": saved.topology.stage}
+    narrow = made(tmp_path / "wide", tmp_path / "narrow", saved.world_size, **options)
+    assert lanes_of(narrow) == lanes_of(source)
+
+
+def test_heads_rule_out_what_deepspeed_does_not_train(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"trains no such ranks under stage 3; name stage="):
+        reshard.plan(UNEVEN, 4, tp=4, stage=3)
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(PARALLEL / FROZEN, folder)
+    with pytest.raises(CheckpointError, match=r"32 ranks; put the model's config\.json, which"):
+        reshard.plan(folder, 32, tp=32)
+    (folder / "config.json").write_text(json.dumps({"num_key_value_heads": 4}))
+    layout = reshard.plan(folder, 4, tp=4).tensor_ranks
+    assert layout is not None and layout.head_rule is not None
+    assert layout.head_rule.key_heads == 4
+
+
 def test_files_say_the_cuts_as_deepspeed_does(tmp_path: Path) -> None:
     wide = made(PARALLEL / FUSED, tmp_path / "wide", 4, 2, tp=4)
     whole = reader.read(wide, complete=True)
@@ -167,8 +209,11 @@ def test_the_command_names_the_output_by_the_degree(
             {"tp": 32, "world": 32},
             "not cut evenly for 32 ranks; name another tp=",
         ),
-        (PARALLEL / "tp4_fewkv_z1", {"tp": 32, "world": 32}, "is not cut for 32"),
-        (FIXTURES / "pipelines-and-experts/pipeline-zero1", {"tp": 2}, "is of a pipeline, whose"),
+        (
+            FIXTURES / "pipelines-and-experts/pipeline-zero1",
+            {"tp": 2, "pp": 1},
+            r"does not say how parameters are cut for 2 .*tied_modules",
+        ),
     ],
 )
 def test_what_cannot_be_cut_is_refused(

@@ -43,6 +43,7 @@ converters.zero.parallel
 converters.zero.pipeline
 converters.zero.experts
 converters.zero.merging
+converters.zero.native.stages
 converters.zero.native
 converters.zero.universal
 converters.dcp.native converters.dcp.writing

@@ -2,12 +2,14 @@
 
 parallel_worker.py JOBS   each {"model", "out", "stage", "steps"} and perhaps
     "tp"         tensor-parallel ranks (AutoTP)
-    "pp"         stages; of the model "pipeline" alone. 0: the engine of a plain module
+    "pp"         stages; of the models "pipeline" and "split" alone. 0: the engine of a plain
+                 module. Of "split" a stage has "tp" ranks, which cut as Megatron does
     "source"     the checkpoint that it goes on from, "universal" one or not
     "reshard"    that of ckpt.resume, which loads it then
     "again"      where it is saved as soon as it is loaded
     "half"       where it is saved after half of its steps
     "seed"       of its first weights
+    "bf16"       true where it is trained in bf16
     "run"        where ckpt.Saver saves it then, too; live weights go to RUN-fp32
     "resume"     the run that it goes on from by ckpt.resume
     "local"      nodes have folders of their own; {node} in "run" and "resume" is this one's
@@ -23,8 +25,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import split_pipelines
 import torch
+import uneven_heads
 from ending import run_jobs
+from parallel_experts import ModelRanks
 from torch import nn
 
 import ckpt
@@ -143,9 +148,12 @@ def config_of(job: dict[str, Any]) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if job.get("tp", 1) > 1:
-        partitioning = {"partition_config": PARTITIONING}
+    if job.get("tp", 1) > 1 and job["model"] in ("fused", "heads"):
+        of_model = PARTITIONING if job["model"] == "fused" else uneven_heads.PARTITIONING
+        partitioning = {"partition_config": of_model}
         config["tensor_parallel"] = {"autotp_size": job["tp"], **partitioning}
+    if job.get("bf16"):
+        config["bf16"] = {"enabled": True}
     if job.get("universal"):
         config["checkpoint"] = {"load_universal": True}
     if job.get("local"):
@@ -157,8 +165,14 @@ def model_of(job: dict[str, Any]) -> nn.Module:
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
     torch.manual_seed(job.get("seed", 1234))
-    if job["model"] == "fused":
-        return Fused()
+    if job["model"] in ("fused", "heads"):
+        is_fused = job["model"] == "fused"
+        return Fused() if is_fused else uneven_heads.UnevenHeads(WORDS, HIDDEN, HEAD, inner=25)
+    if job["model"] == "split":
+        ranks = job.get("tp", 1)
+        if job.get("pp"):
+            return split_pipelines.pipeline(job["pp"], ranks)
+        return split_pipelines.Unsplit(ModelRanks(ranks))
     if not job.get("pp"):
         return Unsplit()
 
@@ -178,7 +192,7 @@ def losses_of(engine: Any, job: dict[str, Any]) -> list[float]:
     """Trains on, and gives the loss of each step over all ranks."""
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     replicas = world // (job.get("tp", 1) * max(job.get("pp", 1), 1))
-    replica = rank // job.get("tp", 1) if not job.get("pp") else rank % replicas
+    replica = rank // job.get("tp", 1) % replicas
     micro, losses = GLOBAL_BATCH // replicas, []
     first = engine.global_steps
     for step in range(first, first + job["steps"]):
@@ -244,9 +258,12 @@ def train(job: dict[str, Any]) -> None:
     optimizer = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
     engine, *_ = deepspeed.initialize(
         model=model,
+        mpu=model.tied_modules["embed"].ranks if type(model) is split_pipelines.Unsplit else None,
         model_parameters=[param for param in model.parameters() if param.requires_grad],
         config={**config, "optimizer": optimizer},
     )
+    is_split = job["model"] == "split" and job.get("tp", 1) > 1
+    client_state = {"universal_checkpoint_info": split_pipelines.INFO} if is_split else {}
     if "refused" in job:
         require_refusal(engine, job)
         engine.destroy()
@@ -254,18 +271,18 @@ def train(job: dict[str, Any]) -> None:
     if "source" in job:
         load(engine, job)
     if "again" in job:
-        engine.save_checkpoint(job["again"])
+        engine.save_checkpoint(job["again"], client_state=client_state)
     if "resume" in job:
         assert ckpt.resume(engine, job["resume"]) > 0
     losses: list[float] = []
     if "half" in job:
         job["steps"] //= 2
         losses += losses_of(engine, job)
-        engine.save_checkpoint(job["half"])
+        engine.save_checkpoint(job["half"], client_state=client_state)
     if "run" in job:
         save_all(engine, job["run"])
     losses += losses_of(engine, job)
-    engine.save_checkpoint(str(out))
+    engine.save_checkpoint(str(out), client_state=client_state)
     if torch.distributed.get_rank() == 0:
         (out / "losses.json").write_text(json.dumps(losses))
     torch.distributed.barrier()

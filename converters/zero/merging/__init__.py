@@ -6,6 +6,7 @@ agreement        what model-parallel ranks keep alike of a param group
 tensor_parallel  the shards of all tensor-parallel ranks, param group by param group
 pipeline         the same of all stages;  pipeline_lanes  of stages that are tensor parallel
 numbered_group   the param group of a training in fp32 without ZeRO
+numbered_pipeline  the same of all stages of a pipeline
 tensor_ranks     the whole model cut for tensor-parallel ranks again
 mics             the first shard group of MiCS
 experts          the model with the experts of all expert ranks, and without any

@@ -67,7 +67,7 @@ class MergedCheckpoint(Checkpoint):
                 nodes[name] = own_nodes[name]
             elif tensor is not None:
                 copy = self.weights.copies.get(owner, tensor)
-                nodes[name] = shared_nodes.setdefault(owner, _node(copy))
+                nodes[name] = shared_nodes.setdefault(owner, tensor_node(copy))
 
         # what torch keeps beside a state dict (_metadata) is that of the first rank
         old_module = root.get("module")
@@ -172,8 +172,8 @@ def model_root(checkpoint: Checkpoint, path: Path) -> Any:
     return checkpoint.model_root(root) if isinstance(checkpoint, MergedCheckpoint) else root
 
 
-def _node(tensor: TensorRef) -> Call:
-    """A tensor with a storage of its own."""
+def tensor_node(tensor: TensorRef) -> Call:
+    """A tensor with a storage of its own, as a value in a tree."""
     return object_graph.tensor(object_graph.storage(tensor.view(tensor.numel)), tensor.shape)
 
 

@@ -42,20 +42,29 @@ def group_of(lane: Checkpoint) -> ParamGroup:
             "unsupported",
         )
 
-    values: dict[str, dict[str, TensorRef]] = {
-        WEIGHTS: {name: lane.weights.tensors[name] for name in states}
-    }
+    return of_states(lane.model, lane.weights.tensors, states)
+
+
+def of_states(
+    model: State, weights: Mapping[str, TensorRef], states: Mapping[str, Mapping[Any, Any]]
+) -> ParamGroup:
+    """The only param group of a model file, by the states of its parameters in order.
+
+    ``weights`` are by the same names. ``CheckpointError`` where the parameters have
+    unlike numbers, as of steps.
+    """
+    values: dict[str, dict[str, TensorRef]] = {WEIGHTS: {name: weights[name] for name in states}}
     shapes = {name: tensor.shape for name, tensor in values[WEIGHTS].items()}
     for name, state in states.items():
         for key, value in state.items():
             if isinstance(value, TensorRef) and value.shape == shapes[name] and key != "step":
                 values.setdefault(key, {})[name] = value
 
-    section = Section(lane.model.path, "", object_graph.read_root(lane.model.path))
+    section = Section(model.path, "", object_graph.read_root(model.path))
     tree = section.section("optimizer")
     options = next(group for group in tree.dicts("param_groups") if group.get("params"))
     first_state = numbered_states.of_group(tree, options)[0]
-    _require_alike(lane.model, list(states.values()), values.keys())
+    _require_alike(model, list(states.values()), values.keys())
     return ParamGroup(
         shapes,
         values,
@@ -87,15 +96,15 @@ def _require_alike(model: State, states: Sequence[Mapping[Any, Any]], kept_keys:
         )
 
 
-def ranks_of(lane: Checkpoint) -> tuple[State, ...]:
+def ranks_of(model: State, world_size: int) -> tuple[State, ...]:
     """The optimizer files that ZeRO 1 would have written, without partitions."""
-    root = {**lane.model.root, "optimizer_state_dict": {"zero_stage": 1}}
-    return (State(lane.model.file, root),) * lane.world_size
+    root = {**model.root, "optimizer_state_dict": {"zero_stage": 1}}
+    return (State(model.file, root),) * world_size
 
 
-def optimizer_entries(lane: Checkpoint) -> dict[str, Any]:
+def optimizer_entries(model: State) -> dict[str, Any]:
     """The root of an optimizer file, as ZeRO writes it in fp32."""
-    root = object_graph.read_root(lane.model.path)
+    root = object_graph.read_root(model.path)
     version = root.get("ds_version")
     state = {"ds_version": version}
     return {

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from converters.errors import CheckpointError
-from converters.source import Source, SourceTopology
+from converters.source import SourceTopology
 from converters.tensors import TensorRef, Weights
 from converters.torch_files import object_graph
 from converters.zero import param_groups
@@ -23,11 +22,6 @@ from converters.zero.merging.checkpoint import MergedCheckpoint, whole_model
 from converters.zero.param_groups import ParamGroup
 from converters.zero.pipeline import stages, tied_modules
 from converters.zero.pipeline.stages import PipelineCheckpoint, Stage
-
-_NUMBERED = (
-    "is of a pipeline without ZeRO, whose optimizer numbers the parameters of each stage: it loads "
-    "on as many stages only; ckpt to-fp32 takes its weights"
-)
 
 
 def merged(source: PipelineCheckpoint) -> MergedCheckpoint:
@@ -132,10 +126,3 @@ def _group(source: PipelineCheckpoint, groups: Sequence[ParamGroup]) -> ParamGro
     }
     shapes = {name: groups[stage].shapes[name] for name, stage in stage_by_name.items()}
     return ParamGroup(shapes, values, first.constants, first.options, first.keys)
-
-
-def require_partitions(source: Source) -> PipelineCheckpoint:
-    """The source, if its stages have partitions to cut up; else ``CheckpointError``."""
-    if isinstance(source, PipelineCheckpoint):
-        return source
-    raise CheckpointError(f"{source.place.folder} {_NUMBERED}", "unsupported")

@@ -13,21 +13,26 @@ from __future__ import annotations
 
 from converters.errors import CheckpointError
 from converters.source import Source
-from converters.zero.merging import agreement, pipeline, tensor_parallel
+from converters.zero.merging import agreement, numbered_pipeline, pipeline, tensor_parallel
 from converters.zero.merging.checkpoint import MergedCheckpoint, whole_model
 from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 from converters.zero.pipeline.stages import PipelineCheckpoint
+from converters.zero.pipeline.unpartitioned import UnpartitionedPipeline
 
 
-def merged(source: Source) -> MergedCheckpoint:
+def merged(source: Source, tied_key: str | None = None) -> MergedCheckpoint:
     """The checkpoint of the whole model,
     of a pipeline with or without tensor parallelism.
 
-    ``CheckpointError`` for one without partitions, or whose ranks do not belong
-    together.
+    ``tied_key`` is the key of a tied module that no file names. ``CheckpointError`` for
+    one whose states have no names, or whose ranks do not belong together.
     """
+    if isinstance(source, UnpartitionedPipeline):
+        return numbered_pipeline.merged(source, tied_key)
+    if isinstance(source, PipelineCheckpoint):
+        return pipeline.merged(source)
     if not isinstance(source, TensorParallelCheckpoint):
-        return pipeline.merged(pipeline.require_partitions(source))
+        raise TypeError(f"{source.kind} is no pipeline")
 
     tensor_parallel.require_no_averages(source)
     lanes = [_lane(lane) for lane in source.lanes]
@@ -52,7 +57,7 @@ def merged(source: Source) -> MergedCheckpoint:
         files=source.files,
         weights=source.weights,
         entries=source.entries,
-        notes=source.notes,
+        notes=(*source.notes, *tensor_parallel.notes_on_vocabularies(source)),
         without_frozen=source.without_frozen,
         model=model,
         ranks=first.ranks,
@@ -62,6 +67,8 @@ def merged(source: Source) -> MergedCheckpoint:
         model_paths=first.model_paths,
         layer_nodes=first.layer_nodes,
         changes=first.changes,
+        cuts=source.cuts,
+        tensor_ranks=len(lanes),
     )
 
 

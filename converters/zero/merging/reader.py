@@ -16,9 +16,10 @@ from converters.zero.merging import mics
 
 
 @open_files.once()
-def read(path: Name, tag: str | None = None) -> Checkpoint:
+def read(path: Name, tag: str | None = None, tied_key: str | None = None) -> Checkpoint:
     """Locates everything that a training goes on from; reads pickles only.
 
+    ``tied_key`` is the key of a pipeline's tied module that no file names.
     ``CheckpointError`` for what is damaged, incomplete, or has no form that ZeRO alone
     would have saved.
     """
@@ -43,7 +44,8 @@ def read(path: Name, tag: str | None = None) -> Checkpoint:
             from converters.zero.merging import pipeline_lanes
             from converters.zero.pipeline import reader as pipeline_reader
 
-            return pipeline_lanes.merged(pipeline_reader.read(location, tag, complete=True))
+            stages = pipeline_reader.read(location, tag, complete=True)
+            return pipeline_lanes.merged(stages, tied_key)
 
     try:
         checkpoint = zero.read(location, tag)

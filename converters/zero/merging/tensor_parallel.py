@@ -52,10 +52,10 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
         files=source.files,
         weights=weights,
         entries=source.entries,
-        notes=(*source.notes, *_notes(source)),
+        notes=(*source.notes, *notes_on_vocabularies(source)),
         without_frozen=source.without_frozen,
         model=whole_model(first.model, weights, groups, own_values, topology),
-        ranks=first.ranks or numbered_group.ranks_of(first),
+        ranks=first.ranks or numbered_group.ranks_of(first.model, first.world_size),
         names=first.names,
         source=source,
         groups=groups,
@@ -64,7 +64,7 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
         cuts=source.cuts,
         tensor_ranks=len(source.lanes),
         changes={} if first.ranks else {"optimizer": None},
-        optimizer_entries=None if first.ranks else numbered_group.optimizer_entries(first),
+        optimizer_entries=None if first.ranks else numbered_group.optimizer_entries(first.model),
     )
 
 
@@ -178,7 +178,7 @@ def universal_entries_of(
     }
 
 
-def _notes(source: TensorParallelCheckpoint) -> Iterator[str]:
+def notes_on_vocabularies(source: TensorParallelCheckpoint) -> Iterator[str]:
     """A line on the rows that pad a vocabulary."""
     for name, count in source.original_rows.items():
         rows = source.weights.tensors[name].shape[0]

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from converters.errors import CheckpointError, consistent
 from converters.plan import Plan, Shard
@@ -28,6 +28,7 @@ from converters.zero.files import state_files
 from converters.zero.files.state_files import State
 from converters.zero.files.typed import Section
 from converters.zero.merging import checkpoint as merged
+from converters.zero.merging.checkpoint import MergedCheckpoint
 from converters.zero.merging.tensor_parallel import lanes_of
 from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import limits, model_files, optimizer_files, proof
@@ -39,6 +40,7 @@ from converters.zero.native.target import SUB_GROUP, TargetTopology
 from converters.zero.parallel import reader as parallel_reader
 from converters.zero.param_groups import ParamGroup
 
+AnyCheckpoint = TypeVar("AnyCheckpoint", bound=Checkpoint)
 # the names of it in runtime/config.py: DtypeEnum
 _FP32 = ("fp32", "float32", "float", "torch.float32")
 LAYOUT = {  # what the layout decides, or a stage alone has, in an optimizer file
@@ -142,15 +144,15 @@ def plan(
         return file_plan.plan(
             [
                 shard
-                for rank, rank_checkpoint in enumerate(_by_tensor_rank(checkpoint, tensor_ranks))
+                for rank, rank_checkpoint in enumerate(by_tensor_rank(checkpoint, tensor_ranks))
                 for shard in _shards(rank_checkpoint, topology, rank)
             ]
         )
 
 
-def _by_tensor_rank(
-    checkpoint: Checkpoint, tensor_ranks: TensorRanks | None
-) -> Iterator[Checkpoint]:
+def by_tensor_rank(
+    checkpoint: AnyCheckpoint, tensor_ranks: TensorRanks | None
+) -> Iterator[AnyCheckpoint | MergedCheckpoint]:
     """What the files of each tensor-parallel rank are made from;
     of one the checkpoint itself."""
     if tensor_ranks is None:

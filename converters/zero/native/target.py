@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.zero import muon, partitioning
-from converters.zero.native.stage_layers import StageLayers
+from converters.zero.native.stages.stage_layers import StageLayers
 from converters.zero.param_groups import WEIGHTS, ParamGroup
 
 SUB_GROUP = 1_000_000_000  # the default of zero_optimization.sub_group_size

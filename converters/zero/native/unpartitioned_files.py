@@ -32,7 +32,7 @@ from converters.zero.parallel import reader as parallel_reader
 from converters.zero.param_groups import WEIGHTS, ParamGroup
 
 Tree = dict[Any, Any]
-_ABSENT = ("param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params")
+ABSENT = ("param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params")
 
 
 def require(checkpoint: Checkpoint, groups: list[ParamGroup]) -> None:
@@ -69,17 +69,9 @@ def plan(
                 file_plan.shard(
                     f"{folder}/mp_rank_{number:02d}_model_states.pt", _root(lane, topology)
                 )
-                for number, lane in enumerate(lanes(checkpoint, tensor_ranks))
+                for number, lane in enumerate(reshard.by_tensor_rank(checkpoint, tensor_ranks))
             ]
         )
-
-
-def lanes(checkpoint: Checkpoint, tensor_ranks: TensorRanks | None) -> Iterator[Checkpoint]:
-    """What the file of each tensor-parallel rank is made from."""
-    if tensor_ranks is None:
-        yield checkpoint
-    else:
-        yield from map(tensor_ranks.rank, range(tensor_ranks.rank_count))
 
 
 def _root(lane: Checkpoint, topology: TargetTopology) -> Tree:
@@ -89,9 +81,9 @@ def _root(lane: Checkpoint, topology: TargetTopology) -> Tree:
     nodes = dict(_module(lane, root, group))
     changes: Tree = {
         "module": object_graph.replaced(root["module"], nodes),
-        "optimizer": _optimizer(group),
+        "optimizer": optimizer_of(group),
         "dp_world_size": topology.world_size,
-        **dict.fromkeys(_ABSENT),
+        **dict.fromkeys(ABSENT),
     }
     return reshard.configured({**root, **changes}, topology)
 
@@ -111,7 +103,7 @@ def _module(lane: Checkpoint, root: Tree, group: ParamGroup) -> Iterator[tuple[s
         yield name, trained[owner]
 
 
-def _optimizer(group: ParamGroup) -> Tree:
+def optimizer_of(group: ParamGroup) -> Tree:
     """The ``state_dict`` of torch's optimizer."""
     states: dict[int, Tree] = {}
     for number, name in enumerate(group.shapes):
@@ -151,7 +143,8 @@ def prove(
 
     provenance = proof.Provenance(native_plan, output)
     counts: Counter[str] = Counter()
-    for lane, result in zip(lanes(checkpoint, tensor_ranks), results, strict=True):
+    lanes = reshard.by_tensor_rank(checkpoint, tensor_ranks)
+    for lane, result in zip(lanes, results, strict=True):
         if (result.stage, result.world_size) != (0, topology.world_size):
             raise CheckpointError(f"{output} reads as stage {result.stage}; {proof.BUG}")
         groups = merged.groups_of(lane)

@@ -100,7 +100,8 @@ def read(path: Name) -> Rules:
     for pattern, rule in rules.items():
         expressions.matches(pattern, "")
         _require_rule(location, pattern, rule)
-    return Rules(location, {**rules, **shipped_rules.RULES[base]} if base else rules)
+    shipped = shipped_rules.RULES[base] if base else {}
+    return Rules(location, rules | {key: shipped[key] for key in shipped if key not in rules})
 
 
 def _require_rule(path: Path, pattern: str, rule: Any) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from math import prod
 
 from converters import words
@@ -36,6 +36,7 @@ from converters.zero.naming import storage_views
 from converters.zero.naming.assemble import Parameters
 from converters.zero.pipeline import slice_mappings, tied_modules, unpartitioned
 from converters.zero.pipeline.lane_files import LaneFiles
+from converters.zero.pipeline.unpartitioned import UnpartitionedPipeline
 
 _NUMBERED = LazyPattern(r"(\d{1,9})\.(.+)", re.DOTALL)
 Layers = Mapping[int, State]
@@ -75,20 +76,26 @@ def read(place: Place, lane: LaneFiles, elsewhere: Collection[str] = ()) -> Sour
     if zero.has_partitions(models[0]) or models[0].root.get("optimizer") is None:
         raise zero.no_optimizer_files(place)
 
-    parameters, module, numbered_states = unpartitioned.read(models, layers)
+    contents = unpartitioned.read(models, layers)
     world_size = models[0].root.get("dp_world_size")
     data_ranks = world_size if isinstance(world_size, int) else 1
     source = Joined(
         kind=PIPELINE,
         place=place,
         model=models[0],
-        module=module,
-        parameters=parameters,
+        module=contents.module,
+        parameters=contents.parameters,
         states=[*models, *layers.values()],
         topology=SourceTopology(data_ranks * len(models), 0),
     ).source()
 
-    return replace(source, optimizer=numbered_states.of)
+    return UnpartitionedPipeline(
+        **{field.name: getattr(source, field.name) for field in fields(source)}
+        | {"optimizer": contents.states.of},
+        models=tuple(models),
+        layers=layers,
+        stage_layers=contents.stage_layers,
+    )
 
 
 def _with_zero(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from converters import words
 from converters.accessors import missing_numbers
 from converters.detect.deepspeed import LOAD_THERE
 from converters.errors import CheckpointError
+from converters.source import Source
 from converters.tensors import TensorRef
 from converters.zero.files.state_files import Shape, State
 from converters.zero.files.typed import Section
@@ -28,11 +30,37 @@ from converters.zero.model_ranks.numbered_states import UNKNOWN, NumberedStates
 from converters.zero.naming import storage_views
 from converters.zero.naming.assemble import Parameters
 from converters.zero.pipeline import layer_order
+from converters.zero.pipeline.layer_order import Way
 
 
-def read(
-    models: Sequence[State], layers: Mapping[int, State]
-) -> tuple[Parameters, dict[str, object], NumberedStates]:
+@dataclass(frozen=True, slots=True)
+class LayerContents:
+    """What the files of layers and stages have.
+
+    ``module`` is all that the layer files have, by name, ``stage_layers`` the layers of
+    each stage in the order of its parameters; ``None`` where the shapes leave them open.
+    """
+
+    parameters: Parameters
+    module: dict[str, object]
+    states: NumberedStates
+    stage_layers: Way | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class UnpartitionedPipeline(Source):
+    """A checkpoint of a pipeline in fp32 without ZeRO, as one model.
+
+    ``models`` are the model files of the stages, ``layers`` the files of layers by
+    number; ``stage_layers`` are as ``LayerContents`` has them.
+    """
+
+    models: tuple[State, ...]
+    layers: Mapping[int, State]
+    stage_layers: Way | None
+
+
+def read(models: Sequence[State], layers: Mapping[int, State]) -> LayerContents:
     """The weights, all that the layer files have by name, and the states of optimizers.
 
     ``models`` are the model files of the stages. ``CheckpointError`` where the optimizer
@@ -64,10 +92,11 @@ def read(
     names_by_layer: dict[int, list[str]] = {layer: [] for layer in layers}
     for name in result.frozen:
         names_by_layer[int(name.partition(".")[0])].append(name)
-    states = _states(folder, models, names_by_layer, result.frozen)
+    stage_layers = _stage_layers(folder, models, names_by_layer, result.frozen)
+    states = _states(folder, models, names_by_layer, stage_layers)
     result.notes.extend(_notes(layers, states))
 
-    return result, module, states
+    return LayerContents(result, module, states, stage_layers)
 
 
 def _buffers(
@@ -90,16 +119,16 @@ def _buffers(
     return frozenset(names & module.keys())
 
 
-def _states(
+def _stage_layers(
     folder: Path,
     models: Sequence[State],
     names_by_layer: Mapping[int, Sequence[str]],
     weights: Mapping[str, TensorRef],
-) -> NumberedStates:
-    """The states by name, if the shapes leave one way to give them names."""
-    states_by_stage = [_numbered(model) for model in models]
+) -> Way | None:
+    """The layers of each stage, if the shapes leave one way to deal them out."""
+    states_by_stage = [states_of(model) for model in models]
     if any(states is None for states in states_by_stage):
-        return NumberedStates(folder, None, {})
+        return None
 
     kept_states = [states for states in states_by_stage if states is not None]
     shapes_by_stage = [
@@ -112,19 +141,29 @@ def _states(
     }
     ways = layer_order.ways(shapes_by_stage, layers) if has_all_shapes else None
     _require_layers(folder, shapes_by_stage, layers, has_no_way=ways == set())
-    if ways is None or len(ways) != 1:
+    return ways.pop() if ways is not None and len(ways) == 1 else None
+
+
+def _states(
+    folder: Path,
+    models: Sequence[State],
+    names_by_layer: Mapping[int, Sequence[str]],
+    stage_layers: Way | None,
+) -> NumberedStates:
+    """The states by name, where the layers of each stage are known."""
+    if stage_layers is None:
         return NumberedStates(folder, None, {})
 
     by_name: dict[str, Mapping[str, Any]] = {}
-    for states, stage_layers in zip(kept_states, ways.pop(), strict=True):
-        names = [name for layer in stage_layers for name in names_by_layer[layer]]
-        for name, state in zip(names, states, strict=True):
+    for model, layers in zip(models, stage_layers, strict=True):
+        names = [name for layer in layers for name in names_by_layer[layer]]
+        for name, state in zip(names, states_of(model) or (), strict=True):
             by_name.setdefault(name, state)  # of a tied module the first stage's, as its weights
 
     return NumberedStates(folder, by_name, {})
 
 
-def _numbered(model: State) -> list[Mapping[Any, Any]] | None:
+def states_of(model: State) -> list[Mapping[Any, Any]] | None:
     """The state of each parameter of a stage, in order; ``None`` if several param groups
     leave the order open."""
     optimizer = Section(model.path, "optimizer", model.root["optimizer"])

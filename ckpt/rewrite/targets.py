@@ -10,7 +10,7 @@ from converters.options import EP, PP, TP
 from converters.plan import Plan
 from converters.zero import checkpoint as zero
 from converters.zero.merging.checkpoint import MergedCheckpoint
-from converters.zero.merging.experts import ExpertsCheckpoint
+from converters.zero.merging.experts import ExpertsCheckpoint, is_expert
 from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import (
     example_stages,
@@ -20,7 +20,7 @@ from converters.zero.native import (
     unpartitioned_files,
 )
 from converters.zero.native import reshard as native
-from converters.zero.native.expert_ranks import require_foldable
+from converters.zero.native.expert_ranks import require_whole_experts
 from converters.zero.native.stage_layers import StageLayers
 from converters.zero.native.target import TargetTopology
 from converters.zero.pipeline.stages import PipelineCheckpoint
@@ -49,12 +49,11 @@ def target_of(
         return _of_stages(source, world_size, settings), None
     degree = settings.tp or 1
     expert_ranks = _expert_ranks(source, settings.ep)
-    dense = source
-    if isinstance(source, ExpertsCheckpoint):
-        dense = source.dense
-        if degree > 1:
-            require_foldable(source, expert_ranks)
-    tensor_ranks = TensorRanks.of(dense, degree) if degree > 1 else None
+    tensor_ranks = None
+    if degree > 1 and isinstance(source, ExpertsCheckpoint):
+        tensor_ranks = _of_experts(source, degree, expert_ranks)
+    elif degree > 1:
+        tensor_ranks = TensorRanks.of(source, degree)
     target = native.target(
         source,
         settings.stage,
@@ -63,6 +62,23 @@ def target_of(
         settings.zero_init,
     )
     return replace(target, tensor_ranks=degree, expert_ranks=expert_ranks), tensor_ranks
+
+
+def _of_experts(source: ExpertsCheckpoint, degree: int, expert_ranks: int) -> TensorRanks:
+    """How parameters are cut for tensor-parallel ranks, the experts as well where they are:
+    as saved, or where no rank had shards, as the rules say."""
+    if not source.layers and source.cuts_experts is not False:
+        tensor_ranks = TensorRanks.of(source, degree)
+        is_cut = any(
+            not cut.is_replicated
+            for name, cut in tensor_ranks.layouts.items()
+            if is_expert(name, set())
+        )
+        if source.cuts_experts or is_cut:
+            return tensor_ranks
+
+    require_whole_experts(source, expert_ranks, degree)
+    return TensorRanks.of(source.dense, degree)
 
 
 def file_plan(

@@ -1,7 +1,7 @@
 """One rank of trainings with experts by stock DeepSpeed: DeepSpeed-MoE and AutoEP.
 
 experts_worker.py JOBS   each {"model", "out", "stage", "sizes"} and perhaps
-    "tp"       tensor-parallel ranks (AutoTP); of the model "stacked" alone
+    "tp"       tensor-parallel ranks: AutoTP of the model "stacked", Megatron's of "whole" and "cut"
     "source"   the checkpoint that it goes on from, "universal" one or not
     "reshard"  that of ckpt.resume, which loads it then
     "again"    where it is saved as soon as it is loaded
@@ -11,6 +11,8 @@ experts_worker.py JOBS   each {"model", "out", "stage", "sizes"} and perhaps
     "run"      where ckpt.Saver saves it after half of its steps, as parallel_worker does
     "resume"   the run that it goes on from by ckpt.resume
 
+"model" is "single" (DeepSpeed-MoE), "whole" or "cut" (DeepSpeed-MoE with tensor parallelism, whose
+experts are not cut, or are), or "stacked" (AutoEP).
 "sizes" are the expert ranks of each layer; of AutoEP one number. Trains in fp32 on the same global
 batches whatever the ranks, and writes OUT/losses.json.
 """
@@ -24,6 +26,8 @@ from typing import Any
 import torch
 from ending import run_jobs
 from parallel_worker import load, save_all
+from parallel_experts import ModelRanks, TensorParallelExperts, gather_with_gloo, initialise
+from split_specs import SplitSpec
 from split_worker import SIZE, Expert
 from torch import nn
 
@@ -31,6 +35,7 @@ import ckpt
 
 GLOBAL_BATCH = 12  # sequences
 EXPERTS, STEPS = 4, 3
+TENSOR_PARALLEL = ("whole", "cut")
 PARTITIONING = {
     "use_default_specs": False,
     "layer_specs": [
@@ -88,12 +93,34 @@ def stacked() -> Any:
 
 def loss_of(engine: Any, job: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
     """The loss of some sequences."""
+    if job["model"] in TENSOR_PARALLEL:
+        summed: torch.Tensor = engine(torch.sin(ids[..., None] * torch.arange(1, SIZE + 1)))
+        return summed
     loss: torch.Tensor = (
         engine(input_ids=ids, labels=ids, use_cache=False).loss
         if job["model"] == "stacked"
         else engine(ids)
     )
     return loss
+
+
+def tensor_parallel_engine(job: dict[str, Any], config: dict[str, Any]) -> Any:
+    """The engine of a model whose dense layers are cut, and its experts or not."""
+    import deepspeed
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    ranks = ModelRanks(job.get("tp", 1))
+    gather_with_gloo(ranks)
+    sizes = tuple((EXPERTS, size) for size in job["sizes"])
+    is_cut = job["model"] == "cut"
+    spec = SplitSpec("moe", job["stage"], 4, "fp32", expert_sizes=sizes, cuts_experts=is_cut)
+    model = TensorParallelExperts(spec, ranks)
+    initialise(model, ranks.get_model_parallel_rank())
+    groups = split_params_into_different_moe_groups_for_optimizer(
+        [{"params": list(model.parameters()), "name": "all"}]
+    )
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=ranks)[0]
 
 
 def engine_of(job: dict[str, Any]) -> Any:
@@ -114,6 +141,8 @@ def engine_of(job: dict[str, Any]) -> Any:
     }
     if job.get("universal"):
         config["checkpoint"] = {"load_universal": True}
+    if job["model"] in TENSOR_PARALLEL:
+        return tensor_parallel_engine(job, config)
     if degree > 1:
         config["tensor_parallel"] = {"autotp_size": degree, "partition_config": PARTITIONING}
     seed = job.get("seed", 1234)

@@ -23,7 +23,6 @@ from converters.zero.native import reshard as native
 from converters.zero.native.expert_ranks import require_whole_experts
 from converters.zero.native.stage_layers import StageLayers
 from converters.zero.native.target import TargetTopology
-from converters.zero.pipeline.stages import PipelineCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,22 +95,21 @@ def file_plan(
 
 def degrees_in_name(source: zero.Checkpoint, target: TargetTopology) -> str:
     """The part of the output's default name on degrees, where they are not as they were."""
-    if isinstance(source, ExpertsCheckpoint):
-        is_same = source.expert_sizes == (target.expert_ranks,)
-        tensor_part = f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
-        return tensor_part + ("" if is_same else f"-ep{target.expert_ranks}")
-    if target.stages:
-        return f"-pp{len(target.stages)}"
-    return f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
+    stage_part = f"-pp{len(target.stages)}" if target.stages else ""
+    tensor_part = f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
+    expert_part = ""
+    if isinstance(source, ExpertsCheckpoint) and source.expert_sizes != (target.expert_ranks,):
+        expert_part = f"-ep{target.expert_ranks}"
+    return stage_part + tensor_part + expert_part
 
 
 def _of_stages(source: zero.Checkpoint, world_size: int, settings: Settings) -> TargetTopology:
     """The topology of a pipeline; ``CheckpointError`` for what is not written for its stages."""
     assert settings.pp is not None
-    pipeline = pipeline_files.source_of(source)
-    assert isinstance(source, MergedCheckpoint)
-    stages = _stages(source, pipeline, settings.pp)
-    if settings.tp not in (None, 1) or settings.ep not in (None, 1) or world_size % len(stages):
+    stages = _stages(source, settings.pp)
+    has_experts = isinstance(source, ExpertsCheckpoint)
+    is_wide = settings.tp not in (None, 1) or (settings.ep not in (None, 1) and not has_experts)
+    if is_wide or world_size % len(stages):
         raise CheckpointError(
             f"{source.place.folder} is not written for {words.counted(len(stages), 'stage')} among "
             f"{words.counted(world_size, 'rank')} so; the stages of {PP} have as many ranks "
@@ -120,7 +118,8 @@ def _of_stages(source: zero.Checkpoint, world_size: int, settings: Settings) -> 
         )
     stage = settings.stage if settings.stage is not None else max(source.stage, 1)
     target = native.target(source, stage, world_size // len(stages))
-    target = replace(target, stages=stage_layers.for_checkpoint(source, pipeline, stages))
+    assert isinstance(source, MergedCheckpoint)
+    target = replace(target, stages=stages, expert_ranks=_expert_ranks(source, settings.ep))
     pipeline_files.require(source, target)
     return target
 
@@ -130,17 +129,21 @@ def _is_plain(source: zero.Checkpoint, pp: str) -> bool:
     return example_stages.count_in(pp) == 1 and not pipeline_files.is_pipeline(source)
 
 
-def _stages(
-    source: MergedCheckpoint, pipeline: PipelineCheckpoint, pp: str
-) -> tuple[StageLayers, ...]:
-    """The stages that an option says; ``CheckpointError``, with an example, for a number of
-    several."""
+def _stages(source: zero.Checkpoint, pp: str) -> tuple[StageLayers, ...]:
+    """The stages that an option says; ``CheckpointError`` for a number of several, with an
+    example, and for stages that are none of the checkpoint."""
     stage_count = example_stages.count_in(pp)
+    if isinstance(source, ExpertsCheckpoint) and source.stage_count > 1:
+        return stage_layers.for_experts(source, () if stage_count else stage_layers.parse(pp))
+
+    pipeline = pipeline_files.source_of(source)
+    assert isinstance(source, MergedCheckpoint)
+    stages: tuple[StageLayers, ...] = (StageLayers(0, None),)
     if stage_count is None:
-        return stage_layers.parse(pp)
-    if stage_count > 1:
+        stages = stage_layers.parse(pp)
+    elif stage_count > 1:
         raise example_stages.refusal(source, pipeline, stage_count)
-    return (StageLayers(0, None),)
+    return stage_layers.for_checkpoint(source, pipeline, stages)
 
 
 def _expert_ranks(source: zero.Checkpoint, ep: int | None) -> int:

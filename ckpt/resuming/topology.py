@@ -143,11 +143,10 @@ def _output_of(source: ResumePoint, layout: Layout) -> Path:
     saved, current = source.topology, layout.topology
     stage = f"-z{current.stage}" if current.stage != saved.stage else ""
     settings = layout.options(saved)
-    degree = f"-tp{settings['tp']}" if "tp" in settings else ""
+    degree = f"-pp{current.degrees.stages}" if "pp" in settings else ""
+    degree += f"-tp{settings['tp']}" if "tp" in settings else ""
     if "ep" in settings and saved.degrees.expert_ranks != (settings["ep"],):
         degree += f"-ep{settings['ep']}"
-    if "pp" in settings:
-        degree = f"-pp{current.degrees.stages}"
     name = f"{source.folder.name}{stage}{degree}-w{current.world_size}"
     return source.folder.with_name(name)
 

@@ -117,6 +117,7 @@ def tensor_parallel_engine(job: dict[str, Any], config: dict[str, Any]) -> Any:
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
+    forget_expert_ranks()
     ranks = ModelRanks(job.get("tp", 1))
     gather_with_gloo(ranks)
     sizes = tuple((EXPERTS, size) for size in job["sizes"])
@@ -129,6 +130,20 @@ def tensor_parallel_engine(job: dict[str, Any], config: dict[str, Any]) -> Any:
     )
     optimizer = torch.optim.AdamW(groups, lr=0.01)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=ranks)[0]
+
+
+def forget_expert_ranks() -> None:
+    """DeepSpeed keeps the groups of expert ranks of a process, whose experts are cut or are not."""
+    from deepspeed.utils import groups
+
+    for by_name in (
+        groups._EXPERT_PARALLEL_GROUP,
+        groups._EXPERT_PARALLEL_GROUP_RANKS,
+        groups._EXPERT_DATA_PARALLEL_GROUP,
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+    ):
+        by_name.clear()
+    groups.expert_tensor_parallel_world_size = 1
 
 
 class Lifted(nn.Module):
@@ -152,6 +167,7 @@ def pipeline_engine(job: dict[str, Any], config: dict[str, Any]) -> Any:
     def loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten() % 5)
 
+    forget_expert_ranks()
     first, second = (LayerSpec(ExpertBlock, Expert(), EXPERTS, size) for size in job["sizes"])
     layers = [LayerSpec(Lifted), first, LayerSpec(nn.Linear, SIZE, SIZE), second]
     layers.append(LayerSpec(nn.Linear, SIZE, 5))

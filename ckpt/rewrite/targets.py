@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from converters import words
 from converters.errors import CheckpointError
-from converters.options import EP, PP, TP
+from converters.options import EP, PP, TP, WORLD_SIZE
 from converters.plan import Plan
 from converters.zero import checkpoint as zero
 from converters.zero.merging.checkpoint import MergedCheckpoint
@@ -106,14 +106,13 @@ def degrees_in_name(source: zero.Checkpoint, target: TargetTopology) -> str:
 def _of_stages(source: zero.Checkpoint, world_size: int, settings: Settings) -> TargetTopology:
     """The topology of a pipeline; ``CheckpointError`` for what is not written for its stages."""
     assert settings.pp is not None
+    _require_alone(source, settings)
     stages = _stages(source, settings.pp)
-    has_experts = isinstance(source, ExpertsCheckpoint)
-    is_wide = settings.tp not in (None, 1) or (settings.ep not in (None, 1) and not has_experts)
-    if is_wide or world_size % len(stages):
+    if world_size % len(stages):
         raise CheckpointError(
             f"{source.place.folder} is not written for {words.counted(len(stages), 'stage')} among "
-            f"{words.counted(world_size, 'rank')} so; the stages of {PP} have as many ranks "
-            f"each, and neither {TP} nor {EP}",
+            f"{words.counted(world_size, 'rank')}: each stage of {PP} has as many ranks; name "
+            f"another {WORLD_SIZE}",
             "refused",
         )
     stage = settings.stage if settings.stage is not None else max(source.stage, 1)
@@ -122,6 +121,19 @@ def _of_stages(source: zero.Checkpoint, world_size: int, settings: Settings) -> 
     target = replace(target, stages=stages, expert_ranks=_expert_ranks(source, settings.ep))
     pipeline_files.require(source, target)
     return target
+
+
+def _require_alone(source: zero.Checkpoint, settings: Settings) -> None:
+    """Raises for options that do not go with stages."""
+    has_experts = isinstance(source, ExpertsCheckpoint)
+    degrees = {TP: settings.tp, **({} if has_experts else {EP: settings.ep})}
+    for option, degree in degrees.items():
+        if degree not in (None, 1):
+            raise CheckpointError(
+                f"{source.place.folder} is written for the stages of {PP} alone, not with {option}; "
+                "leave one of them out",
+                "refused",
+            )
 
 
 def _is_plain(source: zero.Checkpoint, pp: str) -> bool:

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from ending import run_jobs
-from parallel_worker import load, save_all
 from parallel_experts import (
     ExpertBlock,
     ModelRanks,
@@ -34,6 +33,7 @@ from parallel_experts import (
     gather_with_gloo,
     initialise,
 )
+from parallel_worker import load, save_all
 from split_specs import SplitSpec
 from split_worker import SIZE, Expert
 from torch import nn

@@ -49,8 +49,9 @@ def prove(
     except CheckpointError as error:
         raise CheckpointError(f"{error} ({output} is what was written; {proof.BUG})") from error
 
-    if tensor_ranks is not None and isinstance(merged.original(result), TensorParallelCheckpoint):
-        proof.verify_cuts(merged.original(result), tensor_ranks.layouts)
+    merged_from = merged.original(result)
+    if tensor_ranks is not None and isinstance(merged_from, TensorParallelCheckpoint):
+        proof.verify_cuts(merged_from, tensor_ranks.layouts)
     if len(results) != max(len(parts), 1):
         raise CheckpointError(f"{output} reads as {len(results)} model-parallel ranks; {proof.BUG}")
 

@@ -130,8 +130,8 @@ def _require_alone(source: zero.Checkpoint, settings: Settings) -> None:
     for option, degree in degrees.items():
         if degree not in (None, 1):
             raise CheckpointError(
-                f"{source.place.folder} is written for the stages of {PP} alone, not with {option}; "
-                "leave one of them out",
+                f"{source.place.folder} is written for the stages of {PP} alone, not with "
+                f"{option}; leave one of them out",
                 "refused",
             )
 

@@ -146,7 +146,11 @@ def test_training_goes_on_with_experts_on_tensor_parallel_ranks_and_in_stages(
         {**job, "out": f"{tmp_path}/{name}", "half": f"{tmp_path}/{name}-half"}
         for name, job in SPLIT.items()
     ]
+    for job in sources:
+        job["run"] = f"{job['out']}-run"
     launch(tmp_path, 4, sources)
+    for name in SPLIT:
+        require_run(tmp_path / f"{name}-run", tmp_path / f"{name}-half")
 
     def resumed(kind: str, name: str, **changes: Any) -> dict[str, Any]:
         places = {"out": f"{tmp_path}/{name}", "again": f"{tmp_path}/{name}-again"}

@@ -284,7 +284,8 @@ class Weights:
     codes or constants of a quantization: they are copied as they are, never cast.
     ``trained`` are the names that an optimizer has master weights of; empty where the
     files do not tell. ``lost_ties`` maps those of ``absent`` that are tied to the name
-    whose values no file holds.
+    whose values no file holds. ``newer`` are 16-bit weights of a later moment than the
+    tensors, which prove nothing.
     """
 
     tensors: Mapping[str, TensorRef]
@@ -298,6 +299,7 @@ class Weights:
     packed: frozenset[str] = frozenset()
     trained: frozenset[str] = frozenset()
     lost_ties: Mapping[str, str] = field(default_factory=dict)
+    newer: Mapping[str, TensorRef] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for alias, owner in self.aliases.items():

@@ -140,12 +140,11 @@ def _output_of(source: ResumePoint, layout: Layout) -> Path:
     """The folder beside the checkpoint that it is resharded to, as ``reshard`` names it."""
     saved, current = source.topology, layout.topology
     stage = f"-z{current.stage}" if current.stage != saved.stage else ""
-    settings = layout.options(source.topology, is_pipeline=source.is_pipeline)
-    degree = f"-tp{settings['tp']}" if "tp" in settings else ""
+    settings = layout.options(saved, is_pipeline=source.is_pipeline)
+    degree = f"-pp{current.degrees.stages}" if "pp" in settings else ""
+    degree += f"-tp{settings['tp']}" if "tp" in settings else ""
     if "ep" in settings and saved.degrees.expert_ranks != (settings["ep"],):
         degree += f"-ep{settings['ep']}"
-    if "pp" in settings:
-        degree += f"-pp{current.degrees.stages}"
     name = f"{source.folder.name}{stage}{degree}-w{current.world_size}"
     return source.folder.with_name(name)
 

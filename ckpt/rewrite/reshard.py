@@ -125,7 +125,7 @@ def _require_change(source: zero.Checkpoint, target: TargetTopology) -> None:
     is_other = isinstance(source, merged.MergedCheckpoint) and degree == 1
     is_other |= pipeline_files.is_pipeline(source)
     if isinstance(source, ExpertsCheckpoint):
-        is_other = source.expert_sizes != (target.expert_ranks,)
+        is_other = source.expert_sizes != (target.expert_ranks,) or source.stage_count > 1
     if target.tensor_ranks != degree or is_other:
         return
 

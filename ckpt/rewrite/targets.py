@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from ckpt.rewrite import heads
 from converters import words
 from converters.errors import CheckpointError
-from converters.options import EP, PP, TP
+from converters.options import EP, PP, TP, WORLD_SIZE
 from converters.plan import Plan
 from converters.zero import checkpoint as zero
 from converters.zero.files.state_files import Shape
 from converters.zero.merging.checkpoint import MergedCheckpoint
-from converters.zero.merging.experts import ExpertsCheckpoint
+from converters.zero.merging.experts import ExpertsCheckpoint, is_expert
 from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import (
     expert_files,
@@ -21,7 +21,7 @@ from converters.zero.native import (
     unpartitioned_files,
 )
 from converters.zero.native import reshard as native
-from converters.zero.native.expert_ranks import require_foldable
+from converters.zero.native.expert_ranks import require_whole_experts
 from converters.zero.native.stages import example_stages, stage_layers
 from converters.zero.native.stages.stage_layers import StageLayers
 from converters.zero.native.target import TargetTopology
@@ -51,12 +51,10 @@ def target_of(
         return _of_stages(source, world_size, settings)
     degree = settings.tp or 1
     expert_ranks = _expert_ranks(source, settings.ep)
-    dense = source
-    if isinstance(source, ExpertsCheckpoint):
-        dense = source.dense
-        if degree > 1:
-            require_foldable(source, expert_ranks)
-    tensor_ranks = _tensor_ranks(source, dense, degree)
+    if degree > 1 and isinstance(source, ExpertsCheckpoint):
+        tensor_ranks = _of_experts(source, degree, expert_ranks)
+    else:
+        tensor_ranks = _tensor_ranks(source, source, degree)
     target = native.target(
         source,
         settings.stage,
@@ -69,11 +67,29 @@ def target_of(
     return replace(target, tensor_ranks=degree, expert_ranks=expert_ranks), tensor_ranks
 
 
+def _of_experts(source: ExpertsCheckpoint, degree: int, expert_ranks: int) -> TensorRanks | None:
+    """How parameters are cut for tensor-parallel ranks, the experts as well where they are:
+    as saved, or where no rank had shards, as the rules say."""
+    if not source.layers and source.cuts_experts is not False:
+        tensor_ranks = TensorRanks.of(source, degree, heads.key_heads(source))
+        is_cut = any(
+            not cut.is_replicated
+            for name, cut in tensor_ranks.layouts.items()
+            if is_expert(name, set())
+        )
+        if source.cuts_experts or is_cut:
+            return tensor_ranks
+
+    require_whole_experts(source, expert_ranks, degree)
+    return _tensor_ranks(source, source.dense, degree)
+
+
 def file_plan(
     source: zero.Checkpoint, target: TargetTopology, tensor_ranks: TensorRanks | None
 ) -> Plan:
     """The files of the target."""
-    if not target.stage and not target.stages:
+    has_experts = isinstance(source, ExpertsCheckpoint)
+    if not target.stage and (has_experts or not target.stages):
         return unpartitioned_files.plan(source, target, tensor_ranks)
     if isinstance(source, ExpertsCheckpoint):
         return expert_files.plan(source, target, tensor_ranks)
@@ -84,12 +100,12 @@ def file_plan(
 
 def degrees_in_name(source: zero.Checkpoint, target: TargetTopology) -> str:
     """The part of the output's default name on degrees, where they are not as they were."""
-    if isinstance(source, ExpertsCheckpoint):
-        is_same = source.expert_sizes == (target.expert_ranks,)
-        tensor_part = f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
-        return tensor_part + ("" if is_same else f"-ep{target.expert_ranks}")
+    stage_part = f"-pp{len(target.stages)}" if target.stages else ""
     tensor_part = f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
-    return tensor_part + (f"-pp{len(target.stages)}" if target.stages else "")
+    expert_part = ""
+    if isinstance(source, ExpertsCheckpoint) and source.expert_sizes != (target.expert_ranks,):
+        expert_part = f"-ep{target.expert_ranks}"
+    return stage_part + tensor_part + expert_part
 
 
 def _of_stages(
@@ -97,6 +113,8 @@ def _of_stages(
 ) -> tuple[TargetTopology, TensorRanks | None]:
     """The topology of a pipeline; ``CheckpointError`` for what is not written for its stages."""
     assert settings.pp is not None
+    if isinstance(source, ExpertsCheckpoint) and source.stage_count > 1:
+        return _of_expert_stages(source, world_size, settings, settings.pp), None
     pipeline = pipeline_files.source_of(source)
     assert isinstance(source, MergedCheckpoint)
     degree = settings.tp or 1
@@ -126,6 +144,26 @@ def _of_stages(
     )
     pipeline_files.require(source, target)
     return target, tensor_ranks
+
+
+def _of_expert_stages(
+    source: ExpertsCheckpoint, world_size: int, settings: Settings, pp: str
+) -> TargetTopology:
+    """The same of a pipeline with experts, whose stages have no tensor-parallel ranks."""
+    is_number = example_stages.count_in(pp) is not None
+    stages = stage_layers.for_experts(source, () if is_number else stage_layers.parse(pp))
+    if settings.tp not in (None, 1) or world_size % len(stages):
+        raise CheckpointError(
+            f"{source.place.folder} is not written for {words.counted(len(stages), 'stage')} among "
+            f"{words.counted(world_size, 'rank')} so; the stages of {PP} have as many ranks each, "
+            f"and with experts no {TP}; name another {WORLD_SIZE}",
+            "refused",
+        )
+    stage = settings.stage if settings.stage is not None else max(source.stage, 1)
+    target = native.target(source, stage, world_size // len(stages))
+    target = replace(target, stages=stages, expert_ranks=_expert_ranks(source, settings.ep))
+    pipeline_files.require(source, target)
+    return target
 
 
 def _tensor_ranks(

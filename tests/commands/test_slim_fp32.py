@@ -104,13 +104,17 @@ def test_experts_of_autoep_are_slimmed_under_the_names_of_their_class(
     (tag_folder,) = folder.glob("global_step*")
     commit(folder, 1, tag=tag_folder.name)
     forced = ("slim", folder, "--force")
+    config = folder / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"num_hidden_layers": 1', '"num_hidden_layers": 4'))
 
     run(*forced, "--dtype", "fp32", code=1)
     message = capsys.readouterr().err
-    assert "--names hf gives those of the model" in message
+    assert "config.json says num_hidden_layers 4" in message
     assert "ckpt to-fp32 --strip" in message and "to-fp32 --names as-stored" in message
     run(*forced, "--names", "hf", code=2)
-    run(*forced, "--dtype", "fp32", "--names", "hf")
+    config.write_text(text)
+    run(*forced, "--dtype", "fp32")
     run("to-fp32", source, "-o", tmp_path / "model", "--names", "hf")
     slimmed, converted = (
         load_file(path / "model.safetensors") for path in (folder, tmp_path / "model")

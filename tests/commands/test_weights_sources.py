@@ -283,6 +283,29 @@ def test_zenflow_says_how_to_have_the_newer_weights(
     assert "ckpt to-fp32 --weights 16bit writes the newer ones" in capsys.readouterr().err
 
 
+def test_zenflow_with_tensor_parallelism_has_the_newer_weights_as_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixture = FIXTURES / "parallel/tp_qwen3_frozen_z2_w4"
+    source = tmp_path / "run"
+    shutil.copytree(fixture, source)
+    for path in source.glob("*/mp_rank_*_model_states.pt"):
+        edit(
+            path,
+            lambda state: state["ds_config"]["zero_optimization"].update(zenflow={"topk": 0.1}),
+        )
+    convert(source, source.with_name("out"))
+    assert "ckpt to-fp32 --weights 16bit writes the newer ones" in capsys.readouterr().err
+
+    convert(source, source.with_name("newer"), "--weights", "16bit", "--dtype", "keep")
+    convert(fixture, source.with_name("computed"), "--weights", "16bit", "--dtype", "keep")
+    newer, computed = (
+        load_file(source.with_name(name) / "model.safetensors") for name in ("newer", "computed")
+    )
+    assert newer.keys() == computed.keys()
+    assert all(torch.equal(newer[name], computed[name]) for name in newer)
+
+
 ODD = {
     "complex128": (lambda: torch.arange(6).to(torch.complex128), "of type complex128"),
     "complex32": (lambda: torch.zeros(2, 3, dtype=torch.complex32), "of type complex32"),

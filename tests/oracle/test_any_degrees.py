@@ -25,6 +25,7 @@ from ckpt.rewrite import reshard, universal
 from converters import cast, detect
 from converters.errors import CheckpointError
 from converters.tensors import TensorRef
+from converters.zero.merging import expert_parts
 from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import unpartitioned_files
 from converters.zero.native.stages import partition_methods
@@ -114,12 +115,38 @@ def test_stage_3_of_autoep_with_autotp_is_written_for_other_degrees(
 def test_autoep_on_tensor_parallel_ranks_needs_two_expert_ranks(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="on 2 expert ranks or more"):
         reshard.plan(FOLDED, 4, tp=2, ep=1)
-    with pytest.raises(CheckpointError, match="DeepSpeed folds AutoEP with AutoTP alone"):
-        reshard.plan(SPLIT / "moe-zero2-blocks", 4, tp=2, tp_rules="llama")
 
 
-def test_shards_of_another_lane_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = reshard.plan(FOLDED, 4, stage=1, tp=2, ep=4, output=tmp_path / "o")
+@pytest.mark.parametrize(
+    ("rule", "is_cut"), [("", False), ("'.*deepspeed_experts.*down.weight' = 'dim 0'\n", True)]
+)
+def test_rules_say_whether_experts_are_cut(rule: str, is_cut: bool, tmp_path: Path) -> None:
+    rules, source = tmp_path / "rules.toml", SPLIT / "moe-zero2-sizes"
+    rules.write_text(f"{rule}'.*' = 'replicated'\n")
+    output = made(source, tmp_path / "o", 4, 1, 2, tp=2, tp_rules=rules)
+    assert expert_parts.read(output).cuts_experts is is_cut
+    assert values_of(output) == values_of(source)
+    files = {path.name.partition("_mp_")[0] for path in output.glob("*/layer_0_expert_*")}
+    assert len(files) == 4
+    assert len(list(output.glob("*/layer_0_expert_*"))) == (8 if is_cut else 4)
+
+    if not is_cut:
+        with pytest.raises(CheckpointError, match="with whole experts on 2 expert ranks"):
+            reshard.plan(SPLIT / "moe-zero2-blocks", 4, tp=2, tp_rules=rules)
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        (FOLDED, {"stage": 1, "tp": 2, "ep": 4}),
+        (SPLIT / "moe-zero1-tensor", {"stage": 2, "tp": 2}),
+        (SPLIT / "moe-zero2-tensor-cut", {"stage": 1, "tp": 2}),
+    ],
+)
+def test_shards_of_another_lane_are_found(
+    source: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = reshard.plan(source, 4, **options, output=tmp_path / "o")
     rank = TensorRanks.rank
     monkeypatch.setattr(TensorRanks, "rank", lambda self, number: rank(self, 1 - number))
     with pytest.raises(CheckpointError, match="fault of ckpt"):

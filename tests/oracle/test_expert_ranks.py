@@ -20,7 +20,8 @@ import ckpt
 from ckpt.rewrite import records, reshard, universal
 from ckpt.runs.manifest import Manifest
 from converters.errors import CheckpointError
-from converters.zero.merging import experts, whole_groups
+from converters.zero.merging import checkpoint as merged
+from converters.zero.merging import expert_parts, experts, whole_groups
 from converters.zero.native import expert_trees
 from converters.zero.native.expert_ranks import ExpertRanks
 from converters.zero.native.target import TargetTopology
@@ -34,7 +35,19 @@ TARGETS = {  # ranks, stage, expert ranks
     "autoep-zero2": [(4, 3, 4), (2, 1, 1), (6, 3, 2)],
     "autoep-zero3": [(4, 2, 4), (3, 3, 1), (2, 1, 2)],
 }
-CASES = [(name, *target) for name, targets in TARGETS.items() for target in targets]
+CASES = [(name, *target, {}) for name, targets in TARGETS.items() for target in targets]
+MODEL_PARALLEL = [  # with the ranks of a pipeline stage, and further options
+    ("moe-zero1-tensor", 2, 2, 1, {}),
+    ("moe-zero1-tensor", 8, 2, 4, {"tp": 2}),
+    ("moe-zero1-tensor", 4, 1, 4, {"tp": 4}),
+    ("moe-zero2-tensor-cut", 4, 1, 4, {}),
+    ("moe-zero2-tensor-cut", 4, 2, 1, {"tp": 2}),
+    ("moe-zero2-tensor-cut", 8, 1, 2, {"tp": 4}),
+    ("pipeline-zero1-experts", 4, 2, 2, {}),
+    ("pipeline-zero1-experts", 2, 1, 1, {"pp": "0-3+embed,4-+embed"}),
+    ("pipeline-zero1-experts", 8, 1, 2, {"pp": "0-1+embed,2-+embed"}),
+]
+CASES += MODEL_PARALLEL
 
 
 def made(
@@ -72,13 +85,15 @@ def assert_same(first: Any, second: Any, where: str = "") -> None:
         assert first == second, where
 
 
-@pytest.mark.parametrize(("name", "world", "stage", "count"), CASES)
+@pytest.mark.parametrize(("name", "world", "stage", "count", "options"), CASES)
 def test_every_weight_and_state_is_that_of_the_live_engines(
-    name: str, world: int, stage: int, count: int, tmp_path: Path
+    name: str, world: int, stage: int, count: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    output = made(SPLIT / name, tmp_path / "o", world, stage, count)
-    result = experts.read(output)
-    assert (result.world_size, result.stage, result.expert_sizes) == (world, stage, (count,))
+    output = made(SPLIT / name, tmp_path / "o", world, stage, count, **options)
+    result = expert_parts.read(output)
+    model_ranks = options.get("tp", 1) * (2 if "pp" in options else 1)
+    assert (result.stage, result.expert_sizes) == (stage, (count,))
+    assert (result.world_size, result.stage_count) == (world // model_ranks, 1 + ("pp" in options))
 
     expected, opened = truth(SPLIT / name), ckpt.open(output, framework="pt")
     for weight_name, weight in expected["live"].items():
@@ -98,23 +113,47 @@ def test_every_weight_and_state_is_that_of_the_live_engines(
 
 
 @pytest.mark.parametrize(
-    ("name", "world", "stage", "count"),
+    ("name", "world", "stage", "count", "there_options", "back_options"),
     [
-        ("moe-zero1-frozen", 4, 1, 4),
-        ("moe-zero2-blocks", 3, 2, 1),
-        ("autoep-zero2", 2, 2, 1),
-        ("autoep-zero3", 4, 3, 4),
+        ("moe-zero1-frozen", 4, 1, 4, {}, {}),
+        ("moe-zero2-blocks", 3, 2, 1, {}, {}),
+        ("autoep-zero2", 2, 2, 1, {}, {}),
+        ("autoep-zero3", 4, 3, 4, {}, {}),
+        ("moe-zero1-tensor", 4, 1, 4, {"tp": 4}, {"tp": 2}),
+        ("moe-zero2-tensor-cut", 8, 2, 1, {"tp": 4}, {"tp": 2}),
     ],
 )
 def test_there_and_back_gives_what_deepspeed_wrote(
-    name: str, world: int, stage: int, count: int, tmp_path: Path
+    name: str,
+    world: int,
+    stage: int,
+    count: int,
+    there_options: dict[str, Any],
+    back_options: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
-    source = experts.read(SPLIT / name)
-    there = made(SPLIT / name, tmp_path / "there", world, stage, count)
+    source = expert_parts.read(SPLIT / name)
+    there = made(SPLIT / name, tmp_path / "there", world, stage, count, **there_options)
     (own_count,) = source.expert_sizes
-    back = made(there, tmp_path / "back", source.world_size, source.stage, own_count)
+    own_world = merged.original(source).world_size
+    back = made(there, tmp_path / "back", own_world, source.stage, own_count, **back_options)
     expected, found = roots(SPLIT / name), roots(back)
+    for root in found.values():  # what we say of cuts, and DeepSpeed does not of this model
+        if options := back_options and root.get("universal_checkpoint_info"):
+            assert options.pop("affine_map")["params"]
     assert list(found) == list(expected)
+    for file, root in expected.items():
+        assert_same(found[file], root, file)
+
+
+def test_other_stages_of_a_pipeline_and_back_give_the_same_files(tmp_path: Path) -> None:
+    """But for the copies of tied modules, which later stages had trained apart."""
+    source, own_stages = SPLIT / "pipeline-zero1-experts", "0-3+embed,4-+embed"
+    first = made(source, tmp_path / "first", 4, 1, 2, pp=own_stages)
+    there = made(first, tmp_path / "there", 8, 1, 1, pp="0-1+embed,2-+embed")
+    back = made(there, tmp_path / "back", 4, 1, 2, pp=own_stages)
+    expected, found = roots(first), roots(back)
+    assert list(found) == list(expected) == list(roots(source))
     for file, root in expected.items():
         assert_same(found[file], root, file)
 
@@ -211,7 +250,15 @@ def test_layers_of_two_numbers_of_expert_ranks_get_one(
         ("autoep-zero2", {"ep": 0}, "ep is 0"),
         ("autoep-zero2", {"tp": 2}, "does not say how parameters are cut for 2"),
         ("autoep-zero2", {"ep": 2}, "for 4 ranks already; .* another world_size=, ep= or stage="),
-        ("moe-zero1-tensor", {}, "is of experts and of tensor or pipeline parallelism"),
+        ("moe-zero1-tensor", {"tp": 2}, "for 4 ranks already"),
+        ("moe-zero1-tensor", {"tp": 4, "ep": 2}, "the expert ranks are a multiple of the tensor-"),
+        ("moe-zero2-blocks", {"tp": 2}, "does not say how parameters are cut for 2"),
+        ("moe-zero2-tensor-cut", {"tp": 2, "ep": 4}, "is not dealt out to 4 expert ranks among 2"),
+        ("pipeline-zero1-experts", {"pp": 2}, "no layers are said; name the layers of each stage"),
+        ("pipeline-zero1-experts", {"pp": "0-5+embed,6-+embed"}, "stage 1 .* trains nothing of"),
+        ("pipeline-zero1-experts", {"pp": "0-2+embed,3-+x"}, "no tied module is called x"),
+        ("pipeline-zero1-experts", {"pp": "0-2+embed,3-+embed", "stage": 2}, "under ZeRO 1 alone"),
+        ("pipeline-zero1-experts", {"pp": "0-3,4-", "tp": 2}, "not with tp="),
         ("moe-zero0-fp32", {"ep": 1}, "is of experts without ZeRO"),
         ("pipeline-zero1", {"ep": 2}, "has no experts to deal out; leave out ep="),
     ],

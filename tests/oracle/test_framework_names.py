@@ -42,12 +42,23 @@ def test_the_logits_are_those_of_the_trained_model(name: str, layout: Any, tmp_p
     torch.testing.assert_close(logits, recorded["values"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "framework"), [("neox-zero1", "GPT-NeoX pipeline"), ("autoep-zero2", "AutoEP")]
-)
-def test_who_does_not_ask_for_it_is_told(name: str, framework: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f'these are {framework} names: names="hf" gives'):
-        ckpt.to_fp32(SPLIT / f"{name}-logits", tmp_path / "model", check="names")
+@pytest.mark.parametrize("name", ["neox-zero1-logits", "autoep-zero2-logits"])
+def test_names_that_a_table_has_are_those_of_the_model_unasked(name: str, tmp_path: Path) -> None:
+    ckpt.to_fp32(SPLIT / name, tmp_path / "model", check="names")
+    ckpt.to_fp32(SPLIT / name, tmp_path / "asked", names="hf")
+    (path,) = (tmp_path / "asked").glob("*.safetensors")
+    assert (tmp_path / "model" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_who_has_names_of_another_model_is_told_whose_they_are(tmp_path: Path) -> None:
+    source = SPLIT / "neox-zero1-logits"
+    config = json.loads((source / "config.json").read_text())
+    config["num_hidden_layers"] += 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    hint = 'these look like GPT-NeoX pipeline names: names="hf" says what hinders it'
+    for names, reason in (("reader", hint), ("hf", "and config.json has 6")):
+        with pytest.raises(CheckpointError, match=reason):
+            ckpt.to_fp32(source, tmp_path / "o", names=names, config=tmp_path, check="names")
 
 
 @pytest.mark.parametrize("name", ["neox-zero1-logits", "autoep-zero2-logits"])

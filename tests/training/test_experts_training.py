@@ -122,3 +122,62 @@ def test_training_goes_on_with_autoep_on_tensor_parallel_ranks(tmp_path: Path) -
         losses = losses_of(tmp_path / name)
         assert losses == pytest.approx(expected[STEPS:], rel=REDUCTION_ORDER), name
         assert values_of(tmp_path / f"{name}-again") == values, name
+
+
+RULES = """
+'dense\\.(up\\..*)' = "dim 0"
+'dense\\.down\\.weight' = "dim 1"
+'.*' = "replicated"
+"""
+SPLIT = {  # DeepSpeed-MoE whose experts are not all that is split up
+    "whole": {"model": "whole", "stage": 1, "sizes": [2], "tp": 2},
+    "cut": {"model": "cut", "stage": 2, "sizes": [2], "tp": 2},
+    "stages": {"model": "stages", "stage": 1, "sizes": [2, 2], "pp": 2},
+}
+
+
+def test_training_goes_on_with_experts_on_tensor_parallel_ranks_and_in_stages(
+    tmp_path: Path,
+) -> None:
+    """Whole experts, cut ones and those of a pipeline on half of the ranks, in an engine that
+    ``ckpt.resume`` asks; and on other tensor-parallel and expert ranks, the first as rules say of
+    what DeepSpeed saved without tensor parallelism."""
+    sources = [
+        {**job, "out": f"{tmp_path}/{name}", "half": f"{tmp_path}/{name}-half"}
+        for name, job in SPLIT.items()
+    ]
+    for job in sources:
+        job["run"] = f"{job['out']}-run"
+    launch(tmp_path, 4, sources)
+    for name in SPLIT:
+        require_run(tmp_path / f"{name}-run", tmp_path / f"{name}-half")
+
+    def resumed(kind: str, name: str, **changes: Any) -> dict[str, Any]:
+        places = {"out": f"{tmp_path}/{name}", "again": f"{tmp_path}/{name}-again"}
+        source = {"source": f"{tmp_path}/{kind}-half", "reshard": "auto"}
+        return {**SPLIT[kind], **places, **source, **changes}
+
+    flat = [
+        resumed("whole", "whole-flat", tp=1, stage=2),
+        resumed("cut", "cut-flat", tp=1, stage=1, sizes=[1]),
+        resumed("stages", "stages-narrow", sizes=[1, 1]),
+    ]
+    launch(tmp_path, 2, flat)
+
+    (tmp_path / "rules.toml").write_text(RULES)
+    output, rules = tmp_path / "whole-source", tmp_path / "rules.toml"
+    plan = reshard.plan(
+        tmp_path / "whole-flat-again", 4, stage=1, ep=4, tp=2, tp_rules=rules, output=output
+    )
+    reshard.execute(plan)
+    back = resumed("whole", "whole-back", sizes=[4], source=str(output))
+    del back["reshard"]
+    launch(tmp_path, 4, [back, resumed("cut", "cut-four", tp=4, sizes=[1])])
+
+    for name in ("whole-flat", "cut-flat", "stages-narrow", "whole-back", "cut-four"):
+        kind = name.partition("-")[0]
+        expected = losses_of(tmp_path / kind)
+        assert losses_of(tmp_path / name) == pytest.approx(expected[STEPS:], rel=REDUCTION_ORDER), (
+            name
+        )
+        assert values_of(tmp_path / f"{name}-again") == values_of(tmp_path / f"{kind}-half"), name

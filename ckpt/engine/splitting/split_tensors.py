@@ -3,8 +3,8 @@ nothing communicates here.
 
     tensor parallelism   a box or several of a tensor, by the affine map that AutoTP leaves in the
                          model (``universal_checkpoint_info``), or by its lists of patterns
-    DeepSpeed-MoE        whole experts under local numbers: ``deepspeed_experts.0`` of expert rank 1
-                         is expert 2 of the model
+    DeepSpeed-MoE        experts under local numbers: ``deepspeed_experts.0`` of expert rank 1 is
+                         expert 2 of the model; of tensor parallelism whole ones, or boxes of them
     AutoEP               experts stacked in ``w1``, ``w2``, ``w3``: rows of the model's stacks
     pipelines            the tensors of some layers
 
@@ -103,15 +103,12 @@ class SplitTensors:
         """Those of an engine; ``CheckpointError`` for parallelism that is not followed."""
         degrees = ModelRanks.of(engine)
         groups_of_experts = dict(_expert_groups(engine.module)) if degrees.has_experts else {}
-        is_unknown = degrees.tensor_ranks > 1 and (
-            not _info(engine) or any(EXPERTS in name for name in groups_of_experts)
-        )
-        if is_unknown:
+        if degrees.tensor_ranks > 1 and not _info(engine):
             raise CheckpointError(
                 f"this engine has {degrees.tensor_ranks} tensor-parallel ranks, and nothing in "
-                "it says how its parameters are cut (AutoTP of DeepSpeed 0.16.4 or newer does, "
-                "without DeepSpeed-MoE); pass weights=None, and ckpt to-fp32 makes the model of "
-                "the checkpoint",
+                "it says how its parameters are cut (AutoTP of DeepSpeed 0.16.4 or newer does, or "
+                "an attribute universal_checkpoint_info of the model); pass weights=None, and ckpt "
+                "to-fp32 makes the model of the checkpoint",
                 "unsupported",
             )
         return SplitTensors(engine, degrees, _partition_groups(engine), groups_of_experts)
@@ -170,16 +167,22 @@ class SplitTensors:
     def _boxes(self, name: str, parameter: Any, shape: Shape) -> tuple[Shape, tuple[PartBox, ...]]:
         """The shape of the whole tensor, and which boxes of it this rank has."""
         stack = getattr(parameter, _AUTO_EP, None)
-        is_expert = EXPERTS in f".{name}"
         is_buffer = not isinstance(parameter, _parameter_class())
         if stack is not None:
             stack_cut = affine_map.cut_from(stack["affine_map"], _rank_count(stack))
             return _of_rank(name, stack_cut, stack["ep_rank"], shape)
-        if self.degrees.tensor_ranks == 1 or is_expert or is_buffer:
+        if self.degrees.tensor_ranks == 1 or is_buffer or self._is_whole_expert(name):
             return shape, (whole_box(shape),)
 
-        tensor_cut = self._tensor_cut(name, shape)
+        tensor_cut = self._tensor_cut(self.whole_name(name), shape)
         return _of_rank(name, tensor_cut, self.degrees.tensor_rank, shape)
+
+    def _is_whole_expert(self, name: str) -> bool:
+        """Whether a name is of an expert that tensor-parallel ranks do not cut."""
+        block, expert, _ = _split_expert(name)
+        if expert is None:
+            return False
+        return not self.engine.module.get_submodule(block).enable_expert_tensor_parallelism
 
     def _tensor_cut(self, name: str, shape: Shape) -> Cut:
         """How the ranks of tensor parallelism have cut a parameter."""

@@ -53,16 +53,18 @@ class SampleComparison:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """Some numbers of a tensor, and where they are stored a second time."""
+    """Some numbers of a tensor, where they are stored a second time, and the files of both."""
 
     name: str
     value: TensorRef
     copy: TensorRef
+    paths: tuple[Path, Path]
 
-    @property
-    def paths(self) -> tuple[Path, Path]:
-        """The files of both."""
-        return self.value.extents[0].path, self.copy.extents[0].path
+    @staticmethod
+    def of(name: str, value: TensorRef, copy: TensorRef, start: int, count: int) -> _Sample:
+        """``count`` numbers from ``start`` on."""
+        value, copy = value.narrow(start, count), copy.narrow(start, count)
+        return _Sample(name, value, copy, (value.extents[0].path, copy.extents[0].path))
 
 
 def compare(source: Source) -> SampleComparison:
@@ -225,8 +227,7 @@ def _at_each_run(name: str, value: TensorRef, copy: TensorRef) -> Iterator[_Samp
         count = min(length, _NUMBERS)
         last = length - count
         for offset in sorted({0, last // 2, last}) if count else ():
-            part = (start + offset, count)
-            yield _Sample(name, value.narrow(*part), copy.narrow(*part))
+            yield _Sample.of(name, value, copy, start + offset, count)
         start += length
 
 
@@ -235,4 +236,4 @@ def _all_over(name: str, value: TensorRef, copy: TensorRef) -> Iterator[_Sample]
     count = min(value.numel, _NUMBERS)
     last = value.numel - count
     for start in sorted({last * place // _TILED_PLACES for place in range(_TILED_PLACES + 1)}):
-        yield _Sample(name, value.narrow(start, count), copy.narrow(start, count))
+        yield _Sample.of(name, value, copy, start, count)

@@ -44,7 +44,7 @@ def unloadable(
     parts_advice = inner_models.advice(fit.read.values(), audience)
     framework = framework_layout.framework_of(sorted(fit.unexpected), audience.config)
     if framework is not None and missing:
-        parts_advice = f"these are {framework} names: {NAMES('hf')} gives those of the model"
+        parts_advice = f"these look like {framework} names: {NAMES('hf')} says what hinders it"
     return CheckpointError(
         f"{audience.root}: {reader}, {audience.origin}, would not load these "
         f"weights{'' if missing else ' whole'}: {problem}; "

@@ -7,7 +7,7 @@ wants.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -156,16 +156,24 @@ def _clear(names: Iterable[str]) -> dict[str, str]:
     return clear_names
 
 
-def for_reader(unwrapped: NamedWeights, audience: Audience, request: Request) -> NamedWeights:
+def for_reader(
+    unwrapped: NamedWeights,
+    audience: Audience,
+    request: Request,
+    in_model_names: Callable[[NamedWeights], NamedWeights] = lambda model: model,
+) -> NamedWeights:
     """The weights under the names that the reader knows, and that the user asks for.
 
-    Nothing is left out yet that the user does not want (``selected``).
+    ``in_model_names`` gives the names of another framework those of the model, where the
+    reader does not know them. Nothing is left out yet that the user does not want
+    (``selected``).
     ``CheckpointError`` (kind "refused") where several models are saved as one and none
     of them is chosen.
     """
     wishes = request.naming
     model = as_wished(unwrapped, wishes)
     if _fit(audience, model.weights, {}) is not True:
+        model = in_model_names(model)
         from ckpt.weights.naming import doubles
 
         doubled = doubles.doubles(model.weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ckpt.weights import parts
@@ -11,6 +12,7 @@ from ckpt.weights.naming import naming
 from ckpt.weights.naming.naming import NamedWeights
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.request import Request
+from converters.errors import CheckpointError
 from converters.options import NAMES
 
 if TYPE_CHECKING:
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 def of_reader(unwrapped: NamedWeights, audience: Audience, request: Request) -> NamedWeights:
     """The weights under the names that the reader knows, and that the user asks for.
 
-    Another framework's names are given those of the model where that is asked for.
+    Another framework's names are given those of the model where that is asked for, and
+    where the reader knows more of these.
     ``CheckpointError`` (kind "refused") where no table has all of them, and where
     several models are saved as one and none is chosen.
     """
@@ -30,7 +33,27 @@ def of_reader(unwrapped: NamedWeights, audience: Audience, request: Request) -> 
         unwrapped = _in_model_names(renamed, audience)
         request = replace(request, naming=replace(wishes, strip=(), rename=()))
 
-    return naming.for_reader(unwrapped, audience, request)
+        return naming.for_reader(unwrapped, audience, request)
+
+    return naming.for_reader(unwrapped, audience, request, partial(_if_known, audience))
+
+
+def _if_known(audience: Audience, model: NamedWeights) -> NamedWeights:
+    """The weights under the model's names, if a table has theirs and the reader knows more
+    of the names in it; else as they are."""
+    from ckpt.weights.layouts import framework_layout
+
+    names, config = parts.every_name(model.weights), audience.config
+    if config is None or framework_layout.framework_of(names, config) is None:
+        return model
+    try:
+        renamed = _in_model_names(model, audience)
+    except CheckpointError:
+        return model  # which is compared with the reader's names next
+
+    match, new_match = (audience.best(parts.read_names(each.weights)) for each in (model, renamed))
+    is_closer = match and new_match and new_match.fit.cost < match.fit.cost
+    return renamed if is_closer else model
 
 
 def _in_model_names(model: NamedWeights, audience: Audience) -> NamedWeights:

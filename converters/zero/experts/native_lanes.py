@@ -55,15 +55,15 @@ def of_stage(
     own_files = {key: path for key, path in files.experts.items() if key[2] in members}
     files = replace(files, experts=own_files)
     stage_lanes = list(members.values())
-    if len(members) == 1 or _are_cut(place, stage_lanes):
-        sources = [_with_own_experts(place, files, *member) for member in members.items()]
+    if len(members) == 1 or are_cut(place, stage_lanes):
+        sources = [with_own_experts(place, files, *member) for member in members.items()]
         return sources, frozenset()
 
     experts = expert_files.read(place, files, stage_lanes[0].model)
     return _with_whole_experts(place, stage_lanes, experts), frozenset(experts.tensors)
 
 
-def _are_cut(place: Place, members: Sequence[Lane]) -> bool:
+def are_cut(place: Place, members: Sequence[Lane]) -> bool:
     """Whether each tensor-parallel rank has a shard of every expert, not some experts."""
     states = lanes.by_training_rank([lane.ranks for lane in members])
     if not states:
@@ -71,17 +71,17 @@ def _are_cut(place: Place, members: Sequence[Lane]) -> bool:
         return all(ranks == expert_ranks[0] for ranks in expert_ranks)
 
     groups = [group for group in expert_groups.matched_groups(states) if group.name.has_experts]
-    are_cut = {group.expert_size != group.expert_ranks for group in groups}
-    if len(are_cut) != 1:
+    kinds = {group.expert_size != group.expert_ranks for group in groups}
+    if len(kinds) != 1:
         raise CheckpointError(
             f"{place.folder} has experts that are cut for tensor-parallel ranks, and others that "
             f"are not; merging both is not supported yet: {LOAD_THERE}",
             "unsupported",
         )
-    return are_cut.pop()
+    return kinds.pop()
 
 
-def _with_own_experts(place: Place, files: FolderFiles, rank: int, lane: Lane) -> Source:
+def with_own_experts(place: Place, files: FolderFiles, rank: int, lane: Lane) -> Source:
     """A lane that has every expert of its stage, or a shard of every one."""
     own_files = {key: path for key, path in files.experts.items() if key[2] == rank}
     experts = expert_files.read(place, replace(files, experts=own_files), lane.model)

@@ -40,14 +40,13 @@ def read(place: Place, files: FolderFiles) -> Source:
     ``CheckpointError`` for what is damaged or incomplete.
     """
     members = lanes.read(place, files)
-    degree = _tensor_degree(place, members)
+    stages = stages_of(place, members)
+    degree = len(stages[0])
     expert_stages: list[list[Source]] = []
     other_ranks: list[int] = []
     whole_names: frozenset[str] = frozenset()
-    for first in range(0, len(members), degree):
-        stage = {rank: members[rank] for rank in range(first, first + degree)}
-        has_files = any(rank in stage for _, _, rank in files.experts)
-        if not has_files and not members[first].model.root.get("num_experts"):
+    for stage in stages:
+        if not has_experts(files, stage):
             other_ranks += stage
             continue
         sources, names = native_lanes.of_stage(place, files, stage)
@@ -68,6 +67,21 @@ def read(place: Place, files: FolderFiles) -> Source:
         return wholes[0]
     table = CutTable.of([member.model for member in members[:degree]], rules.current())
     return merged_source.of_lanes(wholes, replace(table, whole_names=whole_names), EXPERTS)
+
+
+def stages_of(place: Place, members: Sequence[Lane]) -> list[dict[int, Lane]]:
+    """The files of each stage by model-parallel rank."""
+    degree = _tensor_degree(place, members)
+    return [
+        {rank: members[rank] for rank in range(first, first + degree)}
+        for first in range(0, len(members), degree)
+    ]
+
+
+def has_experts(files: FolderFiles, stage: Mapping[int, Lane]) -> bool:
+    """Whether a stage has layers with experts."""
+    has_files = any(rank in stage for _, _, rank in files.experts)
+    return has_files or bool(stage[min(stage)].model.root.get("num_experts"))
 
 
 def _tensor_degree(place: Place, members: Sequence[Lane]) -> int:

@@ -109,13 +109,15 @@ def read(states: ExpertStates) -> list[RankGroups]:
 def _flat_groups(states: ExpertStates) -> Iterator[RankGroups]:
     """Those of stages 1 and 2."""
     ranks = states.ranks
-    for index, group in enumerate(_shared_groups(states)):
+    for group in _shared_groups(states):
         parts: list[ParamGroup] = []
         first_states: list[State] = []
         for number in range(group.expert_ranks):
-            model = states.model if group.name.has_experts else states.models[number]
+            # of DeepSpeed-MoE, the order of groups may be another on another rank
+            lane = 0 if group.name.has_experts else number
+            model = states.models[lane]
             shapes_by_group = state_files.shapes(model, "param_shapes") or []
-            shapes = typed.item(model.path, "param_shapes", shapes_by_group, index)
+            shapes = typed.item(model.path, "param_shapes", shapes_by_group, group.numbers[lane])
             members = _members(states, group, number, next(iter(shapes), ""))
             own_shapes = auto_ep.local_shapes(model, states.layers, shapes, number, group)
             own_states = [_of_group(ranks[rank], group.numbers[rank]) for rank in members]
@@ -147,7 +149,7 @@ def _shared_groups(states: ExpertStates) -> list[SharedGroup]:
 
 def _members(states: ExpertStates, group: SharedGroup, number: int, name: str) -> list[int]:
     """The ranks that share a group of an expert rank, or of a lane, in order."""
-    if states.lane_count == 1:
+    if states.lane_count == 1 or (group.name.has_experts and not states.layers):
         is_block = states.model.setting(DATA_FIRST) is True
         return expert_groups.ranks_of(group, number, is_block)
     if group.name.has_experts:

@@ -14,7 +14,7 @@ from typing import Any
 from converters.errors import CheckpointError
 from converters.source import Place, Source, SourceTopology
 from converters.tensors import Weights
-from converters.zero.experts import auto_ep, flat_groups, folded_lanes, reader, sub_groups
+from converters.zero.experts import auto_ep, flat_groups, folded_lanes, lanes, reader, sub_groups
 from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.experts.expert_files import NATIVE
 from converters.zero.experts.lanes import Lane, by_training_rank
@@ -36,7 +36,9 @@ class ExpertsCheckpoint(MergedCheckpoint):
     ``dense`` is what all ranks share. ``expert_sizes`` are the numbers of expert ranks
     that its groups were dealt out to, ``group_numel`` the most elements of a group of
     experts on a rank, if there is a limit. ``expert_paths`` are the files of single
-    experts by layer and expert.
+    experts by layer and expert, where each has one. ``cuts_experts``: whether
+    tensor-parallel ranks have shards of every expert; ``None`` without such ranks.
+    ``stage_count`` is the number of stages of a pipeline, or 1.
     """
 
     dense: MergedCheckpoint
@@ -44,6 +46,8 @@ class ExpertsCheckpoint(MergedCheckpoint):
     expert_sizes: tuple[int, ...]
     group_numel: int | None
     expert_paths: Mapping[tuple[int, int], Path]
+    cuts_experts: bool | None = None
+    stage_count: int = 1
 
     @property
     def is_block(self) -> bool:
@@ -66,19 +70,19 @@ def read(path: Path, tag: str | None = None) -> ExpertsCheckpoint:
 
 
 def dense_lanes(path: Path) -> list[MergedCheckpoint]:
-    """The model without experts, as each tensor-parallel rank has it; one without AutoTP."""
+    """The model without experts, as each tensor-parallel rank has it; without such ranks one."""
     source = reader.read(path, complete=True)
     place = several_models.find(path)
     states = _states(place, folder_files.scan(place), source)
     groups = [group for group in expert_ranks.read(states) if not group.has_experts]
     stacks = {name for layer in states.layers for name in layer.names}
-    lanes = source.lanes if isinstance(source, TensorParallelCheckpoint) else (source,)
+    sources = source.lanes if isinstance(source, TensorParallelCheckpoint) else (source,)
 
     result: list[MergedCheckpoint] = []
-    for number, lane in enumerate(lanes):
+    for number, lane in enumerate(sources):
         names = [name for name in lane.weights.order if not is_expert(name, stacks)]
         own_groups = [group.groups[number] for group in groups]
-        weights = _selected(lane.weights, names)
+        weights = selected(lane.weights, names)
         result.append(_checkpoint(lane, states.lane(number), weights, own_groups))
     return result
 
@@ -93,30 +97,46 @@ def of_groups(
 
     ``expert_paths`` are the files of single experts, if there are any.
     """
-    weights = source.weights
-    joined = whole_groups.join(states, groups, weights.order)
+    joined = whole_groups.join(states, groups, source.weights.order)
     sizes = sorted({len(group.groups) for group in groups if group.has_experts})
+    limit = whole_groups.group_limit(groups)
+    return of_whole_groups(source, states, joined, tuple(sizes), limit, expert_paths)
 
+
+def of_whole_groups(
+    source: Source,
+    states: ExpertStates,
+    groups: Sequence[ParamGroup],
+    expert_sizes: tuple[int, ...],
+    group_numel: int | None,
+    expert_paths: Mapping[tuple[int, int], Path],
+) -> ExpertsCheckpoint:
+    """The checkpoint of a source, whose param groups have the experts of all ranks."""
+    weights = source.weights
     stacks = {name for layer in states.layers for name in layer.names}
     dense_names = [name for name in weights.order if not is_expert(name, stacks)]
-    dense_groups = [group for group in joined if not whole_groups.is_expert_group(group)]
-    dense = _checkpoint(source, states, _selected(weights, dense_names), dense_groups)
-    whole_checkpoint = _checkpoint(source, states, weights, joined)
+    dense_groups = [group for group in groups if not whole_groups.is_expert_group(group)]
+    dense = _checkpoint(source, states, selected(weights, dense_names), dense_groups)
+    whole_checkpoint = _checkpoint(source, states, weights, groups)
     values = {name: getattr(whole_checkpoint, name) for name in _field_names(MergedCheckpoint)}
     values["universal_entries"] = universal_entries.of_stacks(states.layers)
     if isinstance(source, TensorParallelCheckpoint):
-        cuts = {name: layout for name, layout in source.cuts.items() if name not in stacks}
+        cuts = {name: layout for name, layout in source.cuts.items() if not is_expert(name, stacks)}
         entries = tensor_parallel.universal_entries_of(source, source.entries)
         values["universal_entries"] = entries | values["universal_entries"]
         dense = replace(dense, cuts=cuts, tensor_ranks=len(source.lanes))
 
+    cuts_experts = None
+    if isinstance(source, TensorParallelCheckpoint):
+        cuts_experts = False
     return ExpertsCheckpoint(
         **values,
         dense=dense,
         layers=states.layers,
-        expert_sizes=tuple(sizes),
-        group_numel=whole_groups.group_limit(groups),
+        expert_sizes=expert_sizes,
+        group_numel=group_numel,
         expert_paths=expert_paths,
+        cuts_experts=cuts_experts,
     )
 
 
@@ -141,9 +161,9 @@ def _states(place: Place, files: FolderFiles, source: Source) -> ExpertStates:
 
     lane_count = len(files.model_ranks)
     if lane_count > 1:
-        lanes = _folded_lanes(place, files)
-        models = by_training_rank([lane.models for lane in lanes])
-        ranks = by_training_rank([lane.ranks for lane in lanes])
+        members = _lanes(place, files)
+        models = by_training_rank([lane.models for lane in members])
+        ranks = by_training_rank([lane.ranks for lane in members])
     elif files.partitioned:
         models, ranks = sub_groups.states_of(place, files)
     else:
@@ -153,17 +173,11 @@ def _states(place: Place, files: FolderFiles, source: Source) -> ExpertStates:
     return ExpertStates(place, tuple(models), tuple(ranks), layers, source.stage or 0, lane_count)
 
 
-def _folded_lanes(place: Place, files: FolderFiles) -> list[Lane]:
-    """AutoEP's experts on tensor-parallel ranks;
-    ``CheckpointError`` for those of DeepSpeed-MoE, and for experts in a pipeline."""
-    model = flat_groups.first_model(place, files) if not files.partitioned else None
-    if model is not None and not isinstance(model.root.get(folded_lanes.KEY), dict):
-        raise CheckpointError(
-            f"{place.folder} is of experts and of tensor or pipeline parallelism; its states are "
-            "not written for other ranks yet, and ckpt to-fp32 takes its weights",
-            "unsupported",
-        )
-    return folded_lanes.read(place, files)
+def _lanes(place: Place, files: FolderFiles) -> list[Lane]:
+    """The files of each tensor-parallel rank; those of AutoEP say whose experts they have."""
+    if files.partitioned or folded_lanes.KEY in flat_groups.first_model(place, files).root:
+        return folded_lanes.read(place, files)
+    return lanes.read(place, files)
 
 
 def _checkpoint(
@@ -192,7 +206,7 @@ def _own_values(model: State, weights: Weights) -> dict[str, Any]:
     return {**weights.tensors, **model.module}
 
 
-def _selected(weights: Weights, names: Sequence[str]) -> Weights:
+def selected(weights: Weights, names: Sequence[str]) -> Weights:
     """Some of the weights."""
     chosen = frozenset(names)
     return replace(

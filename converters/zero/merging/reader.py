@@ -56,6 +56,6 @@ def read(path: Name, tag: str | None = None, tied_key: str | None = None) -> Che
 
 
 def _of_experts(location: Path, tag: str | None) -> Checkpoint:
-    from converters.zero.merging import experts  # which most checkpoints need not
+    from converters.zero.merging import expert_parts  # which most checkpoints need not
 
-    return experts.read(location, tag)
+    return expert_parts.read(location, tag)

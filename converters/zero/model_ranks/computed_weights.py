@@ -21,8 +21,9 @@ def of(source: Source) -> Source:
     ``CheckpointError`` where the files do not have them.
     """
     weights = source.weights
+    stored = {**weights.copies, **weights.newer}
     trained = weights.tensors.keys() - weights.buffers - weights.frozen
-    missing_names = sorted(trained - weights.copies.keys()) if source.stage else []
+    missing_names = sorted(trained - stored.keys()) if source.stage else []
     if missing_names:
         reason = f"no 16-bit weights of {missing_names[0]}"
         if source.stage == 3:
@@ -32,7 +33,7 @@ def of(source: Source) -> Source:
             "incomplete",
         )
 
-    tensors = {name: weights.copies.get(name, tensor) for name, tensor in weights.tensors.items()}
+    tensors = {name: stored.get(name, tensor) for name, tensor in weights.tensors.items()}
     masters = {
         name: weights.tensors[name]
         for name, copy in weights.copies.items()

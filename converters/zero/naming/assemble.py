@@ -21,9 +21,9 @@ class Parameters:
 
     ``masters`` are the trained ones, ``frozen`` the others, ``aliases`` map tied names
     to either. ``buffers`` are the names of buffers, ``copies`` the masters' values once
-    more in 16 bits. ``excluded`` are frozen names that the save left out, and whose
-    values a tied name has. All names are those of the state dict; ``names`` says how
-    the parameters themselves are called.
+    more in 16 bits, ``newer`` are later ones. ``excluded`` are frozen names that the
+    save left out, and whose values a tied name has. All names are those of the state
+    dict; ``names`` says how the parameters themselves are called.
     """
 
     masters: dict[str, TensorRef] = field(default_factory=dict)
@@ -31,6 +31,7 @@ class Parameters:
     aliases: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     copies: dict[str, TensorRef] = field(default_factory=dict)
+    newer: dict[str, TensorRef] = field(default_factory=dict)
     buffers: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
     names: Names = field(default_factory=Names)
@@ -62,7 +63,8 @@ def assemble(model: State, parameters: Parameters, sources: Sequence[State]) -> 
             problem = "is tied to another" if name in aliases else "has no values"
             raise model.fail(f"{name} has values of its own, and {problem} at once")
 
-    stored_tensors = [*tensors.values(), *parameters.copies.values()]
+    later_tensors = [*parameters.copies.values(), *parameters.newer.values()]
+    stored_tensors = [*tensors.values(), *later_tensors]
     names = (*tensors, *aliases, *absent)
     frozen = frozenset(parameters.frozen if parameters.masters else parameters.excluded)
 
@@ -77,6 +79,7 @@ def assemble(model: State, parameters: Parameters, sources: Sequence[State]) -> 
         frozen & tensors.keys(),
         trained=frozenset(parameters.masters) & tensors.keys(),
         lost_ties=lost_ties,
+        newer=parameters.newer,
     )
 
 

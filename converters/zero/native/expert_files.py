@@ -26,7 +26,7 @@ from converters.zero.experts.expert_files import NATIVE
 from converters.zero.files import state_files
 from converters.zero.files.state_files import Shape
 from converters.zero.merging import checkpoint as merged
-from converters.zero.merging import roots, whole_groups
+from converters.zero.merging import expert_parts, roots, whole_groups
 from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import expert_entries, expert_trees, folding, model_files, reshard
@@ -44,23 +44,61 @@ def plan(
 ) -> Plan:
     """The files of the tag, named relative to the save_dir; reads pickles.
 
-    With ``tensor_ranks`` those of AutoEP with AutoTP. ``CheckpointError`` for what
+    With ``tensor_ranks`` those of tensor-parallel ranks. ``CheckpointError`` for what
     DeepSpeed does not load.
     """
-    ranks = ExpertRanks.of(checkpoint, topology, tensor_ranks)
     remedy = "a file is damaged or of another save; ckpt verify tells more"
+    parts = parts_of(checkpoint, topology, tensor_ranks)
     with consistent(checkpoint.place.folder, remedy):
+        if not parts:
+            ranks = ExpertRanks.of(checkpoint, topology, tensor_ranks)
+            return file_plan.plan(_files(checkpoint, ranks, topology, 0))
+
+        own_topology = of_part(topology)
         return file_plan.plan(
             [
-                *_optimizer_files(checkpoint, ranks, topology),
-                *_model_files(checkpoint, ranks, topology),
-                *(_expert_files(checkpoint, ranks) if topology.stage < 3 else ()),
+                shard
+                for rank, part in enumerate(parts)
+                for shard in _files(
+                    part, ExpertRanks.of(part, own_topology, None), own_topology, rank
+                )
             ]
         )
 
 
+def parts_of(
+    checkpoint: ExpertsCheckpoint, topology: TargetTopology, tensor_ranks: TensorRanks | None
+) -> list[ExpertsCheckpoint]:
+    """What each model-parallel rank has, if each has a checkpoint of experts of its own:
+    shards of all, or those of its stage. None where experts are dealt out to all ranks."""
+    if topology.stages:
+        stages = [stage.has_parameter for stage in topology.stages]
+        return expert_parts.of_stages(checkpoint, stages)
+    if tensor_ranks is not None and tensor_ranks.checkpoint is checkpoint:
+        return expert_parts.of_tensor_ranks(checkpoint, tensor_ranks)
+    return []
+
+
+def of_part(topology: TargetTopology) -> TargetTopology:
+    """The topology of the ranks of one part."""
+    return replace(topology, tensor_ranks=1, stages=())
+
+
+def _files(
+    checkpoint: ExpertsCheckpoint, ranks: ExpertRanks, topology: TargetTopology, model_rank: int
+) -> list[Shard]:
+    """The files of the model-parallel ranks from ``model_rank`` on."""
+    shards = [
+        *_optimizer_files(checkpoint, ranks, topology, model_rank),
+        *_model_files(checkpoint, ranks, topology, model_rank),
+    ]
+    if topology.stage < 3:
+        shards += _expert_files(checkpoint, ranks, model_rank)
+    return shards
+
+
 def _optimizer_files(
-    checkpoint: ExpertsCheckpoint, ranks: ExpertRanks, topology: TargetTopology
+    checkpoint: ExpertsCheckpoint, ranks: ExpertRanks, topology: TargetTopology, model_rank: int
 ) -> Iterator[Shard]:
     files = file_plan.AlikeFiles()
     for rank, group_keys in enumerate(expert_trees.trees(checkpoint, ranks, topology)):
@@ -70,11 +108,12 @@ def _optimizer_files(
         optimizer = reshard.optimizer_entries(checkpoint, root, source_state, topology, group_keys)
         tree = _configured(root, topology) | {"optimizer_state_dict": optimizer}
         tree |= folding.of_optimizer(checkpoint, ranks, topology, rank)
-        yield files.shard(reshard.optimizer_name(checkpoint, data_rank, lane), tree)
+        name = reshard.optimizer_name(checkpoint, data_rank, model_rank + lane)
+        yield files.shard(name, tree)
 
 
 def _model_files(
-    checkpoint: ExpertsCheckpoint, ranks: ExpertRanks, topology: TargetTopology
+    checkpoint: ExpertsCheckpoint, ranks: ExpertRanks, topology: TargetTopology, model_rank: int
 ) -> Iterator[Shard]:
     for lane, dense in enumerate(ranks.lanes):
         paths = merged.model_paths(dense)
@@ -85,7 +124,7 @@ def _model_files(
             rank = data_rank * len(ranks.lanes) + lane
             changes = _model_changes(checkpoint, ranks, topology, rank, root, tree)
             prefix = f"zero_pp_rank_{data_rank}_" if topology.stage == 3 else ""
-            name = f"{prefix}mp_rank_{lane:02d}_model_states.pt"
+            name = f"{prefix}mp_rank_{model_rank + lane:02d}_model_states.pt"
             whole_tree = _configured({**tree, **changes}, topology)
             yield files.shard(f"{reshard.tag_folder(checkpoint)}/{name}", whole_tree)
 
@@ -107,7 +146,7 @@ def _model_changes(
         "param_shapes": _param_shapes(checkpoint, ranks, topology, rank),
         **expert_entries.entries(checkpoint, described_root, ranks, topology, rank),
         **_local_names(checkpoint, ranks, topology, tree),
-        **folding.of_model(ranks, rank, tree),
+        **folding.of_model(checkpoint, ranks, rank, tree),
     }
     if checkpoint.stage == topology.stage == 3:  # AutoEP's second names of routers are not in it
         changes["shared_params"] = root.get("shared_params")
@@ -180,8 +219,11 @@ def _frozen_experts(
             yield name
 
 
-def _expert_files(checkpoint: ExpertsCheckpoint, ranks: ExpertRanks) -> Iterator[Shard]:
-    """The files of single experts: as they are, or from the fp32 stacks of stage 3.
+def _expert_files(
+    checkpoint: ExpertsCheckpoint, ranks: ExpertRanks, model_rank: int
+) -> Iterator[Shard]:
+    """The files of single experts: as they are, from the fp32 stacks of stage 3, or from
+    parts of experts.
 
     Each tensor-parallel rank has a file of every expert that one of its ranks has.
     """
@@ -191,11 +233,12 @@ def _expert_files(checkpoint: ExpertsCheckpoint, ranks: ExpertRanks) -> Iterator
         for number, path in sorted(checkpoint.expert_paths.items())
     )
     if not checkpoint.expert_paths:
-        trees = _trees_of_stacks(checkpoint)
+        trees = _trees_of_stacks(checkpoint) if checkpoint.layers else _trees_of_names(checkpoint)
     for (layer, expert), tree in trees:
         own_tree = roots.of_zero_alone(tree)
-        for lane, entry in folding.of_expert(checkpoint, ranks, expert):
-            name = f"layer_{layer}_expert_{expert}_mp_rank_{lane:02d}_model_states.pt"
+        for lane, entry in folding.of_expert(checkpoint, ranks, layer, expert):
+            ending = f"mp_rank_{model_rank + lane:02d}_model_states.pt"
+            name = f"layer_{layer}_expert_{expert}_{ending}"
             yield file_plan.shard(f"{folder}/{name}", own_tree | entry)
 
 
@@ -211,6 +254,26 @@ def _trees_of_stacks(checkpoint: ExpertsCheckpoint) -> Iterator[tuple[tuple[int,
                 backing = object_graph.storage(part, dtype)
                 tree[f"{name}.{expert}"] = object_graph.tensor(backing, shape)
             yield (number, expert), tree
+
+
+def _trees_of_names(checkpoint: ExpertsCheckpoint) -> Iterator[tuple[tuple[int, int], Tree]]:
+    """The experts of DeepSpeed-MoE, whose tensors have names of their own."""
+    weights = checkpoint.weights
+    layers = {
+        prefix: layer for layer, prefix in enumerate(whole_groups.expert_counts(weights.order))
+    }
+    trees: dict[tuple[int, int], Tree] = {}
+    for name in weights.order:
+        match = NATIVE.fullmatch(name)
+        if match is None:
+            continue
+        owner = weights.aliases.get(name, name)
+        tensor = weights.copies.get(owner, weights.tensors[owner])
+        backing = object_graph.storage(tensor.view(tensor.numel))
+        node = object_graph.tensor(backing, tensor.shape)
+        trees.setdefault((layers[match["prefix"]], int(match["expert"])), {})[name] = node
+
+    yield from trees.items()
 
 
 def _dtype(checkpoint: ExpertsCheckpoint) -> DType:

@@ -198,15 +198,36 @@ def require(checkpoint: ExpertsCheckpoint, topology: TargetTopology) -> None:
     raise CheckpointError(f"{checkpoint.place.folder} {reason}", "unsupported")
 
 
-def require_foldable(checkpoint: ExpertsCheckpoint, count: int) -> None:
-    """Raises for experts that DeepSpeed does not train with tensor-parallel ranks, on
-    ``count`` expert ranks (``validate_folding_global``)."""
-    if checkpoint.layers and count > 1 and not checkpoint.is_block:
+def require_whole_experts(checkpoint: ExpertsCheckpoint, count: int, tensor_ranks: int) -> None:
+    """Raises for whole experts that DeepSpeed does not train, or save, on ``count`` expert
+    ranks of a training with tensor-parallel ranks.
+
+    Of AutoEP ``validate_folding_global`` says it. Of DeepSpeed-MoE, ranks of data rank 0
+    that do not have the first copy of their experts write no file (``_save_moe_checkpoint``),
+    and those whose experts were written under another tensor-parallel rank find none.
+    """
+    if not checkpoint.layers:
+        _require_savable(checkpoint, count, tensor_ranks)
+        return
+    if count > 1 and not checkpoint.is_block:
         return
     raise CheckpointError(
         f"{checkpoint.place.folder} is not written for tensor-parallel ranks: DeepSpeed folds "
         "AutoEP with AutoTP alone, on 2 expert ranks or more, and without "
         f"use_data_before_expert_parallelism; leave out {TP}, or name another {EP}",
+        "unsupported",
+    )
+
+
+def _require_savable(checkpoint: ExpertsCheckpoint, count: int, tensor_ranks: int) -> None:
+    if count % tensor_ranks == 0 and not checkpoint.is_block:
+        return
+    raise CheckpointError(
+        f"{checkpoint.place.folder} is not written for {tensor_ranks} tensor-parallel ranks with "
+        f"whole experts on {_counted_ranks(count)}: DeepSpeed, which deals them out to all ranks, "
+        "does not write the files of each rank there, unless the expert ranks are a multiple of "
+        f"the tensor-parallel ranks, without use_data_before_expert_parallelism; name another {EP} "
+        f"or {TP}",
         "unsupported",
     )
 

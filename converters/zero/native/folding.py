@@ -13,6 +13,7 @@ from typing import Any
 
 from converters.torch_files import object_graph
 from converters.zero.experts import folded_lanes
+from converters.zero.merging import whole_groups
 from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.native.expert_ranks import ExpertRanks
 from converters.zero.native.target import TargetTopology
@@ -44,31 +45,33 @@ def of_optimizer(
             }
 
     place = ("per_family", rank // len(ranks.lanes), ranks.data_ranks)
-    return _entry(ranks, rank, "zero_optimizer_state", place, families)
+    return _entry(checkpoint, ranks, rank, "zero_optimizer_state", place, families)
 
 
-def of_model(ranks: ExpertRanks, rank: int, tree: Tree) -> Tree:
+def of_model(checkpoint: ExpertsCheckpoint, ranks: ExpertRanks, rank: int, tree: Tree) -> Tree:
     """The entry of the model file of a rank, whose state dict is in ``tree``."""
     families = {name: _family(name) for name, _ in object_graph.pairs(tree["module"])}
     place = ("dense_dp", rank // len(ranks.lanes), ranks.data_ranks)
-    return _entry(ranks, rank, _DENSE, place, families)
+    return _entry(checkpoint, ranks, rank, _DENSE, place, families)
 
 
 def of_expert(
-    checkpoint: ExpertsCheckpoint, ranks: ExpertRanks, expert: int
+    checkpoint: ExpertsCheckpoint, ranks: ExpertRanks, layer: int, expert: int
 ) -> Iterator[tuple[int, Tree]]:
     """The tensor-parallel ranks that have a file of an expert, and the entry of each."""
     if len(ranks.lanes) == 1:
         yield 0, {}
         return
 
-    owner = expert // (checkpoint.layers[0].count // ranks.count)
+    single_counts = list(whole_groups.expert_counts(checkpoint.weights.order).values())
+    count = checkpoint.layers[layer].count if checkpoint.layers else single_counts[layer]
+    owner = expert // (count // ranks.count)
     # DeepSpeed has the first data ranks write, as many as there are expert ranks
     writers = range(min(ranks.world_size, ranks.count * len(ranks.lanes)))
     last_writers = {ranks.lane(rank): rank for rank in writers if ranks.expert_rank(rank) == owner}
     for lane, rank in sorted(last_writers.items()):
         place = ("edp", rank // ranks.count, ranks.shared_by)
-        yield lane, _entry(ranks, rank, _EXPERT, place, {})
+        yield lane, _entry(checkpoint, ranks, rank, _EXPERT, place, {})
 
 
 def _family(name: str) -> str:
@@ -79,11 +82,16 @@ def _family(name: str) -> str:
 
 
 def _entry(
-    ranks: ExpertRanks, rank: int, family: str, place: tuple[str, int, int], families: Tree
+    checkpoint: ExpertsCheckpoint,
+    ranks: ExpertRanks,
+    rank: int,
+    family: str,
+    place: tuple[str, int, int],
+    families: Tree,
 ) -> Tree:
     """The entry; ``place`` is the kind of ranks that share the file, which of them it is
-    of, and how many they are."""
-    if len(ranks.lanes) == 1:
+    of, and how many they are. Nothing of DeepSpeed-MoE."""
+    if len(ranks.lanes) == 1 or not checkpoint.layers:
         return {}
 
     kind, position, count = place

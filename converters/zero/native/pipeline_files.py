@@ -28,6 +28,7 @@ from converters.zero.files.state_files import Shape
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging import roots
 from converters.zero.merging.checkpoint import MergedCheckpoint
+from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import (
     model_files,
@@ -51,10 +52,11 @@ DECIDED = {*model_files.DECIDED, roots.DEGREES, "buffer_names", "mp_world_size"}
 
 def require(checkpoint: MergedCheckpoint, topology: TargetTopology) -> None:
     """Raises for what DeepSpeed does not load as a pipeline, or could not be read again."""
-    if topology.stage == 0:
+    has_experts = isinstance(checkpoint, ExpertsCheckpoint)
+    if topology.stage == 0 and not has_experts:
         unpartitioned_files.require(checkpoint, list(checkpoint.groups))
         _require_order(checkpoint, topology)
-    if topology.stage > 1:
+    if topology.stage > 1 or (has_experts and topology.stage == 0):
         reason = (
             f"is written for pipeline stages under ZeRO 1 alone, which DeepSpeed trains them with; "
             f"name {STAGE} 1, or leave out {PP}"

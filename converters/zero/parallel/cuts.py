@@ -52,6 +52,11 @@ class Cut:
     shard_shapes: Mapping[int, Shape]
     averages: bool = False
 
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank that has a shard has all of the parameter."""
+        return all(shape == self.shape for shape in self.shard_shapes.values())
+
     def merged(self, shards: Sequence[TensorRef | None]) -> TensorRef:
         """The parameter, or a state of its elements, from the shards of all ranks.
 

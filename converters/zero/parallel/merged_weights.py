@@ -8,6 +8,7 @@ their master weights are, and what several ranks have is compared while it is mo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from converters.errors import MalformedError
 from converters.tensors import TensorRef, Weights
@@ -27,6 +28,7 @@ def merged(lanes: Sequence[Weights], table: CutTable) -> tuple[Weights, dict[str
     cuts: dict[str, Cut] = {}
     tensors: dict[str, TensorRef] = {}
     copies: dict[str, TensorRef] = {}
+    newer: dict[str, TensorRef] = {}
 
     for name in _names(lane.tensors for lane in lanes):
         if name in aliases:
@@ -38,12 +40,15 @@ def merged(lanes: Sequence[Weights], table: CutTable) -> tuple[Weights, dict[str
 
         cuts[name] = layout
         tensors[name] = _tensor(table, name, layout, shards)
-        own_copies = [lane.copies.get(lane.aliases.get(name, name)) for lane in lanes]
-        if all(_is_there(copy, ref) for copy, ref in zip(own_copies, shards, strict=True)):
-            copies[name] = _tensor(table, name, layout, own_copies)
+        for values, own in (
+            (copies, [lane.copies.get(lane.aliases.get(name, name)) for lane in lanes]),
+            (newer, [lane.newer.get(lane.aliases.get(name, name)) for lane in lanes]),
+        ):
+            if all(_is_there(ref, shard) for ref, shard in zip(own, shards, strict=True)):
+                values[name] = _tensor(table, name, layout, own)
 
     table.require_known()
-    return _weights(lanes, tensors, copies, aliases), cuts
+    return replace(_weights(lanes, tensors, copies, aliases), newer=newer), cuts
 
 
 def _weights(

@@ -18,6 +18,7 @@ from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
 from converters.options import PP
 from converters.zero.merging.checkpoint import MergedCheckpoint
+from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.pipeline import tied_modules
 from converters.zero.pipeline.stages import PipelineCheckpoint
 
@@ -102,6 +103,27 @@ def for_checkpoint(
     return tuple(stages)
 
 
+def for_experts(
+    checkpoint: ExpertsCheckpoint, stages: Sequence[StageLayers]
+) -> tuple[StageLayers, ...]:
+    """The stages for a pipeline with experts; ``CheckpointError`` where none are said, they
+    do not have every tensor, or one would train nothing of a param group.
+
+    Such a pipeline has no layer files, which would say the layers of tied modules.
+    """
+    keys = {tied_modules.key_of(name) for name in checkpoint.weights.order}
+    lacks = [f"no tied module is called {k}" for s in stages for k in s.tied if k not in keys]
+    lacks += problems_of_names(checkpoint, stages) if stages else ["no layers are said"]
+    for problem in lacks:
+        raise CheckpointError(
+            f"{checkpoint.place.folder}: {problem}; name the layers of each stage with {PP}, each "
+            "with experts, and the tied modules after a + in each stage that uses them, as in "
+            "0-2+embed,3-+embed (DeepSpeed prints the layers of each stage when the engine starts)",
+            "refused",
+        )
+    return tuple(stages)
+
+
 def tied_keys(source: PipelineCheckpoint) -> tuple[str, ...]:
     """The keys of the tied modules of a pipeline, in their order."""
     return tuple(dict.fromkeys(home.key for home in source.homes))
@@ -125,6 +147,11 @@ def problems(
             if not any(stage.has(layer) and home.key in stage.tied for stage in stages):
                 yield f"layer {layer} is of the tied module {home.key}, and no stage has both"
 
+    yield from problems_of_names(checkpoint, stages)
+
+
+def problems_of_names(checkpoint: MergedCheckpoint, stages: Sequence[StageLayers]) -> Iterator[str]:
+    """What the stages lack of the tensors and of the param groups."""
     for name in checkpoint.weights.order:
         if not any(stage.has_parameter(name) for stage in stages):
             yield f"no stage has {name}"

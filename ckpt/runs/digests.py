@@ -82,6 +82,15 @@ def digest(path: Path, progress: Progress = quiet) -> FileRecord:
         return FileRecord(file_size, _sha256(stream, file_size, progress))
 
 
+def is_of_size(path: str, nbytes: int) -> bool:
+    """Whether a plain file is there, and has so many bytes."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == nbytes
+
+
 def unlike(path: Path, expected: FileRecord, data: bool, progress: Progress) -> str | None:
     """How a file differs from what is expected; ``None`` if it does not.
 

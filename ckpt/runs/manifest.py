@@ -21,7 +21,7 @@ from typing import Any
 from ckpt.folders.filenames import MANIFEST, PINNED
 from ckpt.runs import ancestry, fields
 from ckpt.runs.ancestry import Ancestry
-from ckpt.runs.digests import FileRecord, Progress, digest, quiet, unlike
+from ckpt.runs.digests import FileRecord, Progress, digest, is_of_size, quiet, unlike
 from ckpt.runs.fields import FieldError, is_inside
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
@@ -155,18 +155,17 @@ class Manifest:
         value_types = (("versions", str), ("metrics", (int, float)), ("files", FileRecord))
         for name, expected_type in value_types:
             for entry_name, value in getattr(self, name).items():
-                is_text_key = isinstance(entry_name, str)
                 has_type = isinstance(value, expected_type) and not isinstance(value, bool)
-                is_entry = is_text_key and has_type
-                fields.require(is_entry, f"{name}: {entry_name}", value, "another type")
+                if not (has_type and isinstance(entry_name, str)):
+                    fields.require(False, f"{name}: {entry_name}", value, "another type")
 
         for name, metric in self.metrics.items():
             fields.require(fields.is_number(metric), f"metrics: {name}", metric, "a number")
 
         for name in self.files:
-            is_tools_own = name in (MANIFEST, PINNED)
             fields.require(fields.is_inside(name), "files", name, "names inside the checkpoint")
-            fields.require(not is_tools_own, "files", name, "neither of the tool's own files")
+        own_names = [name for name in (MANIFEST, PINNED) if name in self.files]
+        fields.require(not own_names, "files", own_names, "neither of the tool's own files")
 
     @property
     def origin(self) -> Ancestry | None:
@@ -355,13 +354,13 @@ def differences(
     """
     difference_by_name = {}
     for file_name, file in manifest.files.items():
+        if not data and is_of_size(f"{folder}/{file_name}", file.size):
+            continue  # thousands, of which no path is built
         try:
             difference = unlike(folder / file_name, file, data, progress)
         except OSError as error:
             if strict and error.errno in FAILING:
-                raise CheckpointError(
-                    f"{folder / file_name}: {error.strerror}",
-                ) from error
+                raise CheckpointError(f"{folder / file_name}: {error.strerror}") from error
             difference = str(error.strerror)
 
         if difference is not None:

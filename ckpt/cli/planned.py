@@ -11,17 +11,24 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from converters.errors import one_line
+from converters.words import counted
 
 if TYPE_CHECKING:
     from ckpt.folders.staging import Continuation
+    from ckpt.shares.company import Company
+    from ckpt.shares.division import Divisible, Division
+    from ckpt.shares.share_folder import SharedCommand
+    from converters.execute.plan_shares import Share
+    from converters.execute.shares import ShareRecord
 
 Progress = Callable[[int], Any]
 
@@ -47,7 +54,7 @@ class Planned:
     ``nbytes`` is how many bytes ``execute`` reports, ``title`` what the bar is called;
     ``None`` where there is nothing to wait for. ``opening`` is what a reader should know
     before it begins, ``interruption`` what an interrupted one leaves: sentences, or
-    ``None``.
+    ``None``. ``divisible`` is how several processes do it, where they can.
     """
 
     preview: Callable[[], Output]
@@ -56,6 +63,16 @@ class Planned:
     title: str = ""
     opening: Callable[[], str | None] = lambda: None
     interruption: Callable[[], str | None] = lambda: None
+    divisible: Divisible | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """How ``ckpt`` was called: its arguments, and with ``ckpt join`` the output whose
+    shares are joined."""
+
+    arguments: tuple[str, ...]
+    joined_output: Path | None = None
 
 
 class Interruption(KeyboardInterrupt):
@@ -75,8 +92,17 @@ def opening_once(command: Callable[..., None]) -> Callable[..., None]:
     return opening_files_once
 
 
-def run(planned: Planned, *, dry_run: bool, as_json: bool) -> None:
-    """Does what was planned, or with ``dry_run`` nothing, and prints the result."""
+def run(
+    planned: Planned, *, dry_run: bool, as_json: bool, division: Division | None = None
+) -> None:
+    """Does what was planned, or with ``dry_run`` nothing, and prints the result.
+
+    With a ``division`` it does what of it is this process's.
+    """
+    if division is not None:
+        _run_divided(planned, division, dry_run=dry_run, as_json=as_json)
+        return
+
     if dry_run:
         show(planned.preview(), as_json)
         return
@@ -91,6 +117,115 @@ def run(planned: Planned, *, dry_run: bool, as_json: bool) -> None:
         sentence = planned.interruption()
         raise error if sentence is None else Interruption(sentence) from error
     show(output, as_json)
+
+
+def _run_divided(planned: Planned, division: Division, *, dry_run: bool, as_json: bool) -> None:
+    """Does what of a command is this process's, and prints what is to be printed."""
+    divisible, company, share = planned.divisible, division.company, division.share
+    assert divisible is not None
+    if company is not None:
+        company.require_same(divisible.plan.digest())
+
+    if dry_run:
+        if division.speaks:
+            output = planned.preview()
+            show(output if share is None else _with_volumes(output, divisible, share), as_json)
+    elif division.output is not None:
+        show(divisible.joined(division.output), as_json)
+    elif company is not None:
+        joined_output = _run_together(planned, company, division.command)
+        if joined_output is not None:
+            show(joined_output, as_json)
+    elif share is not None:
+        with progress(divisible.nbytes_of(share), f"{planned.title} {share}") as advance:
+            record = divisible.write_share(share, advance, division.command)
+        show(_output_of_share(divisible, record), as_json)
+
+
+def _run_together(
+    planned: Planned, company: Company, command: SharedCommand | None
+) -> Output | None:
+    """Does this process's share, beside the others; the first one joins them."""
+    divisible, output = planned.divisible, None
+    assert divisible is not None
+    with company.step():
+        if company.is_first:
+            present_count = divisible.prepare(company.share.count, command)
+            if present_count:
+                say(f"continuing: {counted(present_count, 'share')} are there")
+
+    total = planned.nbytes if company.is_first else None
+    with progress(total, planned.title) as advance:
+        with company.step():
+            divisible.write_share(company.share, company.watching(advance), command)
+        with company.step():
+            if company.is_first:
+                output = divisible.join(company.share.count)
+    return output
+
+
+def _with_volumes(output: Output, divisible: Divisible, share: Share) -> Output:
+    """The output of a dry run with what each process reads and writes."""
+    from ckpt.results import ShareEntry
+    from ckpt.text import size
+
+    volumes = list(divisible.volumes(share.count))
+    entries = tuple(
+        ShareEntry(volume.share.number, volume.read_bytes, volume.write_bytes) for volume in volumes
+    )
+    lines = [
+        f"{volume.share.words}\treads {size(volume.read_bytes)}\twrites {size(volume.write_bytes)}"
+        for volume in volumes
+    ]
+    result: Any = output.result
+    return replace(output, result=replace(result, shares=entries), lines=[*output.lines, *lines])
+
+
+def _output_of_share(divisible: Divisible, record: ShareRecord) -> Output:
+    """The output of a command that wrote one share."""
+    from ckpt.cli.results.shares import ShareResult
+    from ckpt.text import size
+    from converters.words import shell_word, some
+
+    share, place = record.share, divisible.output
+    missing_numbers = divisible.missing_numbers(share.count)
+    result = ShareResult(
+        output=place,
+        share=share.number,
+        share_count=share.count,
+        read_bytes=record.read,
+        write_bytes=record.written,
+        missing_shares=tuple(missing_numbers),
+    )
+    names = some(f"{number}/{share.count}" for number in missing_numbers)
+    way_on = f"all are there: ckpt join {shell_word(place)}"
+    written = f"{share.words} of {place}: {size(record.written)} written"
+    return Output(result, lines=[written], notices=[f"missing yet: {names}" if names else way_on])
+
+
+def divided(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that several processes can do, each its share; it is given a ``division``."""
+
+    @wraps(command)
+    def running_in_shares(*arguments: Any, share: Share | None, **options: Any) -> None:
+        context = click.get_current_context()
+        division = _division(f"ckpt {context.info_name}", share, context.find_root().obj)
+        with nullcontext() if division is None else division.reporting():
+            command(*arguments, division=division, **options)
+
+    return running_in_shares
+
+
+def _division(what: str, share: Share | None, invocation: Any) -> Division | None:
+    """The division that an option, ``ckpt join`` or a launcher asks for."""
+    from ckpt.shares import division
+
+    arguments = invocation.arguments if isinstance(invocation, Invocation) else ()
+    if isinstance(invocation, Invocation) and invocation.joined_output is not None:
+        return division.Division(output=invocation.joined_output)
+    if share is not None:
+        return division.of_share(share, arguments)
+    return division.of_launch(what, arguments)
 
 
 def opening(continuation: Continuation | None) -> str | None:

@@ -66,6 +66,12 @@ class Portion:
     whole_shards: tuple[Shard, ...]
     runs: tuple[ShardRun, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        shard_bytes = sum(shard.nbytes for shard in self.whole_shards)
+        return shard_bytes + sum(len(run.part) for run in self.runs)
+
 
 class Volume(NamedTuple):
     """The bytes that one share reads, copies that prove the tensors included, and writes."""

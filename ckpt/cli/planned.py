@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from converters.execute.shares import ShareRecord
 
 Progress = Callable[[int], Any]
+# of several processes that do the same, whether another one prints for all
+_is_silent: ContextVar[bool] = ContextVar("is_silent", default=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +130,8 @@ def _run_divided(planned: Planned, division: Division, *, dry_run: bool, as_json
         company.require_same(divisible.plan.digest())
 
     if dry_run:
-        if division.speaks:
-            output = planned.preview()
-            show(output if share is None else _with_volumes(output, divisible, share), as_json)
+        output = planned.preview()
+        show(output if share is None else _with_volumes(output, divisible, share), as_json)
     elif division.output is not None:
         show(divisible.joined(division.output), as_json)
     elif company is not None:
@@ -137,8 +139,11 @@ def _run_divided(planned: Planned, division: Division, *, dry_run: bool, as_json
         if joined_output is not None:
             show(joined_output, as_json)
     elif share is not None:
-        with progress(divisible.nbytes_of(share), f"{planned.title} {share}") as advance:
-            record = divisible.write_share(share, advance, division.command)
+        try:
+            with progress(divisible.nbytes_of(share), f"{planned.title} {share}") as advance:
+                record = divisible.write_share(share, advance, division.command)
+        except KeyboardInterrupt as error:
+            raise Interruption("the same command continues this share") from error
         show(_output_of_share(divisible, record), as_json)
 
 
@@ -154,10 +159,10 @@ def _run_together(
             if present_count:
                 say(f"continuing: {counted(present_count, 'share')} are there")
 
-    total = planned.nbytes if company.is_first else None
+    total = planned.nbytes if company.is_first and sys.stderr.isatty() else None
     with progress(total, planned.title) as advance:
-        with company.step():
-            divisible.write_share(company.share, company.watching(advance), command)
+        with company.step(), company.showing(advance if total is not None else None):
+            divisible.write_share(company.share, company.progress, command)
         with company.step():
             if company.is_first:
                 output = divisible.join(company.share.count)
@@ -210,8 +215,16 @@ def divided(command: Callable[..., None]) -> Callable[..., None]:
     def running_in_shares(*arguments: Any, share: Share | None, **options: Any) -> None:
         context = click.get_current_context()
         division = _division(f"ckpt {context.info_name}", share, context.find_root().obj)
-        with nullcontext() if division is None else division.reporting():
-            command(*arguments, division=division, **options)
+        if division is None:
+            command(*arguments, division=None, **options)
+            return
+
+        token = _is_silent.set(not division.speaks)
+        try:
+            with division.reporting():
+                command(*arguments, division=division, **options)
+        finally:
+            _is_silent.reset(token)
 
     return running_in_shares
 
@@ -257,7 +270,9 @@ def unfitting(output: Output, shortage: str | None) -> Output:
 
 def show(output: Output, as_json: bool) -> None:
     """Prints an output; exits with its code if that is not 0."""
-    if as_json:
+    if _is_silent.get():
+        pass
+    elif as_json:
         click.echo(as_text(output.result))
     else:
         for line in output.lines:
@@ -271,7 +286,8 @@ def show(output: Output, as_json: bool) -> None:
 
 def say(sentence: object) -> None:
     """Prints a line on stderr, in which no name that came from a disk breaks it."""
-    click.echo(f"ckpt: {one_line(sentence)}", err=True)
+    if not _is_silent.get():
+        click.echo(f"ckpt: {one_line(sentence)}", err=True)
 
 
 def as_text(result: object) -> str:

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from ckpt.shares.launch import Launch
@@ -81,29 +82,44 @@ class Company:
                     "refused",
                 )
 
-    def watching(self, advance: Callable[[int], Any]) -> Callable[[int], None]:
-        """A progress of this share that tells the first process, and stops when another
-        process has failed; ``advance`` gets what all of them have done."""
+    def progress(self, nbytes: int) -> None:
+        """Counts bytes that this process has moved; stops where another one has failed."""
+        self.done_bytes += nbytes
+        if time.monotonic() - self.last_look < INTERVAL:
+            return
 
-        def progress(nbytes: int) -> None:
-            self.done_bytes += nbytes
-            if self.is_first:
-                advance(nbytes)
-            if time.monotonic() - self.last_look < INTERVAL:
-                return
-            self.last_look = time.monotonic()
-            try:
-                self.ranks.raise_if_failed()
-            except CheckpointError as failure:
-                # of another process: what this one wrote stays of use
-                raise CheckpointError(str(failure), "output") from None
-            if not self.is_first:
-                self.ranks.store.set(self._bytes_key(self.ranks.rank), str(self.done_bytes))
+        self.last_look = time.monotonic()
+        try:
+            self.ranks.raise_if_failed()
+        except CheckpointError as failure:
+            # of another process: what this one wrote stays of use
+            raise CheckpointError(str(failure), "output") from None
+        if not self.is_first:
+            self.ranks.store.set(self._bytes_key(self.ranks.rank), str(self.done_bytes))
 
-        return progress
+    @contextmanager
+    def showing(self, advance: Callable[[int], Any] | None) -> Iterator[None]:
+        """A block in which ``advance`` gets the bytes that all processes together move."""
+        ended, shown_bytes = Event(), 0
 
-    def others_bytes(self) -> int:
-        """The bytes that the other processes have done, as far as they have told."""
+        def show() -> None:
+            nonlocal shown_bytes
+            with suppress(Exception):  # the store is gone: a step says so
+                while advance is not None and not ended.wait(INTERVAL):
+                    total = self.done_bytes + self._others_bytes()
+                    advance(total - shown_bytes)
+                    shown_bytes = total
+
+        thread = Thread(target=show, name="ckpt-progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _others_bytes(self) -> int:
+        """The bytes that the other processes have moved, as far as they have told."""
         keys = [self._bytes_key(rank) for rank in range(1, self.ranks.world)]
         return sum(int(self.ranks.store.get(key)) for key in keys if self.ranks.store.check([key]))
 

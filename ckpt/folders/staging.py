@@ -237,7 +237,7 @@ def commit(folder: Path, output: Path, leftovers: Iterable[str]) -> None:
     """Gives a staging folder that is whole its name, without the files of the work on it."""
     for name in leftovers:
         (folder / name).unlink(missing_ok=True)
-    (folder / PLAN).unlink()
+    (folder / PLAN).unlink(missing_ok=True)
     LOCAL.sync(folder)
     replace_folder(folder, output)
 
@@ -268,15 +268,15 @@ def _clear_of_others(folder: Path, plan_file: IO[bytes], plan: Plan) -> None:
     with local.naming_path(folder / PLAN):
         is_same_plan = plan_file.read() == digest
     if is_same_plan:
-        _clear(folder, {LOGBOOK, *(shard.filename for shard in plan.shards)})
+        clear(folder, {LOGBOOK, *(shard.filename for shard in plan.shards)})
         return
 
-    start_over(folder, plan_file, digest)
+    clear(folder, set())
+    enter_plan(folder, plan_file, digest)
 
 
-def start_over(folder: Path, plan_file: IO[bytes], text: bytes) -> None:
-    """Removes all that lies in a staging folder, and says what is made in it now."""
-    _clear(folder, set())
+def enter_plan(folder: Path, plan_file: IO[bytes], text: bytes) -> None:
+    """Says what is made in a staging folder now."""
     with local.naming_path(folder / PLAN):
         # a file's own truncate ends at EINTR
         os.ftruncate(plan_file.fileno(), 0)
@@ -288,7 +288,7 @@ def _has_shard(folder: Path, plan: Plan) -> bool:
     return any((folder / shard.filename).exists() for shard in plan.shards)
 
 
-def _clear(folder: Path, kept_shards: Collection[str]) -> None:
+def clear(folder: Path, kept_shards: Collection[str]) -> None:
     """Removes all but these shards:
     what else an interrupted run left may be of any content."""
     for parent, subfolders, filenames in os.walk(folder, topdown=False):

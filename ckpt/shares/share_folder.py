@@ -7,6 +7,7 @@
   model-...                   shards that one process wrote whole
   share-3-of-16.json          the record of a share that is on disk; written last
   written-3-of-16.jsonl       its logbook, by which an interrupted share goes on
+  .joined                     all are joined: what is above goes, and the folder gets its name
 
 Whoever writes a share holds a shared lock of plan.json, and whoever joins the shares an
 exclusive one, as a process does that makes an output alone.
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from ckpt.folders import staging
-from ckpt.folders.filenames import COMMAND, PLAN
+from ckpt.folders.filenames import COMMAND, JOINED, PLAN
 from converters.accessors import entry, value
 from converters.errors import CheckpointError, MalformedError
 from converters.execute import shares
@@ -34,6 +35,7 @@ from converters.execute.plan_shares import Share
 from converters.execute.shares import ShareRecord, ShareTask
 from converters.options import SHARE
 from converters.storage import bounded_json, local
+from converters.storage.local_store import LOCAL
 from converters.storage.system import flock, opening
 from converters.words import counted, some
 
@@ -111,11 +113,30 @@ def joining(output: Path, task: ShareTask) -> Iterator[tuple[Path, list[ShareRec
         _require_all(output, records)
         try:
             yield folder, [record for record in records if record is not None]
-            staging.commit(folder, output, _names_beside(count))
+            local.write_file(folder / JOINED, b"")
+            finish(output)
         except BaseException as error:
             if staging.is_final(error):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def is_joined(output: Path) -> bool:
+    """Whether shares were joined, and an interruption left nothing but to ``finish``."""
+    return (staging.folder_for(output) / JOINED).exists() or (output / JOINED).exists()
+
+
+def finish(output: Path) -> None:
+    """Gives a folder of joined shares its name, without the records of these.
+
+    At each moment the folder says that it is joined, so that this can be repeated.
+    """
+    folder = staging.folder_for(output)
+    if folder.is_dir():
+        paths = [*folder.glob("share-*-of-*.json"), *folder.glob("written-*-of-*.jsonl")]
+        staging.commit(folder, output, [*(path.name for path in paths), COMMAND])
+    (output / JOINED).unlink(missing_ok=True)
+    LOCAL.sync(output)
 
 
 def missing_shares(output: Path, task: ShareTask) -> list[int]:
@@ -139,7 +160,7 @@ def prepare(output: Path, task: ShareTask, command: SharedCommand | None) -> Non
     with open(folder / PLAN, "a+b") as plan_file:
         staging.lock(plan_file, output)
         plan_file.seek(0)
-        if plan_file.read() != text:
+        if plan_file.read() != text or (folder / JOINED).exists():
             _begin(folder, plan_file, text, command)
 
 
@@ -204,7 +225,8 @@ def _enter(plan_file: IO[bytes], output: Path, text: bytes, command: SharedComma
         is_free = access is _Access.GRANTED or (
             access is _Access.WITHOUT_LOCKS and not present_text
         )
-        if is_free and present_text != text:
+        is_other = present_text != text or (folder / JOINED).exists()
+        if is_free and is_other:
             _begin(folder, plan_file, text, command)
         if _take(plan_file, shared=True) is not _Access.REFUSED:
             break
@@ -224,11 +246,12 @@ def _enter(plan_file: IO[bytes], output: Path, text: bytes, command: SharedComma
 
 
 def _begin(folder: Path, plan_file: IO[bytes], text: bytes, command: SharedCommand | None) -> None:
-    """Empties a folder, and writes down what its shares are of."""
-    staging.start_over(folder, plan_file, text)
+    """Empties a folder, and writes down what its shares are of; the plan last."""
+    staging.clear(folder, set())
     if command is not None:
         document = {"arguments": list(command.arguments), "folder": command.folder}
         local.write_file(folder / COMMAND, bounded_json.dumps(document))
+    staging.enter_plan(folder, plan_file, text)
 
 
 class _Access(Enum):
@@ -293,12 +316,6 @@ def _text_of(task: ShareTask) -> bytes:
     return f"{task.divided.plan.digest()} in {task.divided.count} shares".encode()
 
 
-def _names_beside(count: int) -> list[str]:
-    """The files that lie beside the shards until they are joined."""
-    paths = [path(Path(), share) for share in _shares(count) for path in _PATHS]
-    return [COMMAND, *map(str, paths)]
-
-
 def _shares(count: int) -> list[Share]:
     return [Share(number, count) for number in range(1, count + 1)]
 
@@ -309,6 +326,3 @@ def _record_path(folder: Path, share: Share) -> Path:
 
 def _logbook_path(folder: Path, share: Share) -> Path:
     return folder / f"written-{share.number}-of-{share.count}.jsonl"
-
-
-_PATHS = (_record_path, _logbook_path)

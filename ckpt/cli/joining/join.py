@@ -34,11 +34,17 @@ def join(output: Path, as_json: bool) -> None:
     ckpt join out/checkpoint-500-fp32
     """
     from ckpt.cli.main import cli
-    from ckpt.cli.planned import Invocation
+    from ckpt.cli.planned import Invocation, Output, show
+    from ckpt.cli.results.shares import JoinResult
     from ckpt.shares import share_folder
     from converters.errors import CheckpointError
 
     place = share_folder.place_of(output.absolute())
+    if share_folder.is_joined(place):
+        share_folder.finish(place)
+        show(Output(JoinResult(output=output), [output]), as_json)
+        return
+
     command = share_folder.command_of(place)
     name, *_ = (*command.arguments, "")
     if name not in DIVISIBLE:

@@ -1,4 +1,4 @@
-"""The result of a command that wrote one share of an output."""
+"""The results of a command that wrote one share of an output, and of their joining."""
 
 from __future__ import annotations
 
@@ -19,3 +19,10 @@ class ShareResult:
     read_bytes: int
     write_bytes: int
     missing_shares: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinResult:
+    """The output of shares that were joined before an interruption, now under its name."""
+
+    output: Path

@@ -8,6 +8,7 @@ distributed/         steps that all ranks take, or none
 live/, weights/      weights of a running training, and of a checkpoint
 rewrite/             other ranks, another stage, the universal format, torch's DCP
 runs/, folders/      the checkpoints of a run; folders that are there whole or not at all
+shares/              one output made by several processes
 hub/                 the Hugging Face Hub;  cli/  the command ``ckpt``
 results, text, version, deprecation  values as JSON, sizes in messages, names of old
 requirements         the oldest versions of other libraries

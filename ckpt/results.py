@@ -27,6 +27,15 @@ class FileEntry:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class ShareEntry:
+    """The bytes that one of several processes reads and writes; shares count from 1."""
+
+    share: int
+    read_bytes: int
+    write_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
     """Which save of a training it is. ``deepspeed`` is the version that wrote it.

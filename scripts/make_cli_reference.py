@@ -23,7 +23,10 @@ WIDTH = 78  # columns, as click prints on a terminal of 80; it does not wrap exa
 
 GROUPS = {  # the sections of the page; a command that no section names comes last
     "Weights": ("show", "to-fp32"),
-    "Training states": ("reshard", "to-universal", "from-universal", "to-dcp", "from-dcp"),
+    "Training states": (
+        *("reshard", "to-universal", "from-universal"),
+        *("to-dcp", "from-dcp", "join"),
+    ),
     "Runs": (
         *("ls", "latest", "verify", "prune", "pin", "unpin"),
         *("doctor", "slim", "collect"),
@@ -40,6 +43,7 @@ PAGES = {  # the page that explains a command
     "from-universal": "universal.md#from-universal",
     "to-dcp": "zero-fsdp.md",
     "from-dcp": "zero-fsdp.md#what-from-dcp-has-to-know",
+    "join": "scale.md",
 }
 RUNS = "runs.md"  # which explains all others
 

@@ -3,6 +3,7 @@
 main            the groups of commands, and the door for failure
 weights         show, to-fp32
 rewrite         reshard, to-universal, from-universal;  crossing/  to-dcp, from-dcp
+joining/        join, which ends what these began in shares
 runs            ls, prune, pin, unpin;  verify, latest  the commands of these names
 maintenance     slim, collect;  doctor  the command of this name
 hub             push, pull

@@ -27,6 +27,7 @@ SECTIONS = {  # the commands, each with the module of this package that has it
         "from-universal": "rewrite",
         "to-dcp": "crossing.dcp",
         "from-dcp": "crossing.dcp",
+        "join": "joining.join",
     },
     "Runs": {
         "ls": "runs",
@@ -118,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
 
     A bug of ``ckpt`` is one, too, below its traceback.
     """
+    from ckpt.cli.planned import Invocation
     from converters import options
     from converters.errors import CheckpointError, shortage
 
@@ -128,7 +130,12 @@ def main(argv: list[str] | None = None) -> None:
     gc.set_threshold(20_000)
     try:
         with options.using(options.of_commands, overrides=True):
-            exit_code = cli.main(args=arguments, prog_name="ckpt", standalone_mode=False)
+            exit_code = cli.main(
+                args=arguments,
+                prog_name="ckpt",
+                standalone_mode=False,
+                obj=Invocation(tuple(arguments)),
+            )
         sys.exit(exit_code if isinstance(exit_code, int) else 0)
     except CheckpointError as error:
         _fail(str(error), error.kind, as_json="--json" in arguments)

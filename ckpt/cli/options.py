@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from ckpt.runs.retention import Best
+    from converters.execute.plan_shares import Share
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -92,6 +93,24 @@ DTYPE = click.option(
     default="fp32",
     show_default=True,
     help="Type of the parameters; keep: each as it is stored. Buffers keep theirs.",
+)
+
+
+def _share(_ctx: Any, _param: Any, value: str | None) -> Share | None:
+    from converters.execute.plan_shares import parse
+
+    try:
+        return None if value is None else parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+SHARE = click.option(
+    "--share",
+    metavar="3/16",
+    callback=_share,
+    help="Write the third of 16 equal shares of the output, and no more; ckpt join makes the "
+    "output of all of them. 1/1: alone, whatever started this process.",
 )
 
 

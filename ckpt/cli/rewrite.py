@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt.cli import planned
-from ckpt.cli.options import CHECKPOINT, JSON, LOCAL_PATH, OUTPUT_PATH, TAG
+from ckpt.cli.options import CHECKPOINT, JSON, LOCAL_PATH, OUTPUT_PATH, SHARE, TAG
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned, Progress
 from ckpt.cli.usage.command import Command
@@ -24,6 +24,7 @@ from converters.words import counted
 if TYPE_CHECKING:
     from ckpt.rewrite.output_folder import PlannedOutput
     from ckpt.rewrite.result import RewriteChecks, RewriteResult
+    from ckpt.shares.division import Division
 
 SHARED = (
     dry_run_option("Print the plan and write nothing."),
@@ -41,6 +42,7 @@ SHARED = (
     click.option(
         "--workers", metavar="N", type=click.IntRange(1, 64), help="Threads that move bytes."
     ),
+    SHARE,
     JSON,
 )
 
@@ -131,6 +133,7 @@ def with_options(
 @TAG
 @with_options(SHARED)
 @planned.opening_once
+@planned.divided
 def reshard(
     checkpoint: Path,
     world_size: int | None,
@@ -177,6 +180,7 @@ def reshard(
 @TAG
 @with_options(SHARED)
 @planned.opening_once
+@planned.divided
 def to_universal(
     checkpoint: Path,
     output: Path | None,
@@ -220,6 +224,7 @@ def to_universal(
 @with_options(DEGREES)
 @with_options(SHARED)
 @planned.opening_once
+@planned.divided
 def from_universal(
     checkpoint: Path,
     world_size: int | None,
@@ -256,13 +261,16 @@ def run(
     overwrite: bool,
     workers: int | None,
     as_json: bool,
+    division: Division | None,
 ) -> None:
     """Prints what would be done, or does it and prints that.
 
     ``job`` is the module that does it: ``ckpt.rewrite.job`` or
     ``ckpt.rewrite.crossing``.
     """
-    from ckpt.rewrite import output_folder
+    from ckpt.rewrite import output_folder, state_work
+
+    verify = not no_verify
 
     def preview() -> Output:
         output_folder.require_output(rewriting, overwrite)
@@ -270,14 +278,15 @@ def run(
         output = Output(result, _preview_lines(result))
         return planned.unfitting(output, output_folder.shortage(rewriting))
 
-    def execute(progress: Progress) -> Output:
+    def execute(progress: Progress, share_count: int | None = None) -> Output:
         result = job.execute(
             rewriting,
-            verify=not no_verify,
+            verify=verify,
             read_back=read_back,
             overwrite=overwrite,
             workers=workers,
             progress=progress,
+            share_count=share_count,
         )
         assert result.checks is not None
         lines = [rewriting.output, _proven(result.checks)]
@@ -291,9 +300,11 @@ def run(
             title=rewriting.output.name,
             opening=lambda: planned.opening(output_folder.continuation(rewriting)),
             interruption=lambda: planned.interruption(output_folder.continuation(rewriting)),
+            divisible=state_work.divisible(rewriting, execute, verify, overwrite, workers),
         ),
         dry_run=dry_run,
         as_json=as_json,
+        division=division,
     )
 
 

@@ -21,6 +21,7 @@ from ckpt.cli.options import (
     LOCAL_PATH,
     MAX_SHARD_SIZE,
     OUTPUT_PATH,
+    SHARE,
     TAG,
     checkpoint_of,
     dry_run,
@@ -33,6 +34,7 @@ from ckpt.cli.weight_options import request as weights_request
 if TYPE_CHECKING:
     from ckpt.cli.results.conversion import ConversionResult
     from ckpt.runs.states.status import CheckpointStatus
+    from ckpt.shares.division import Division
     from ckpt.weights.conversion.task import Conversion
     from ckpt.weights.request import Names
     from converters.source import Source
@@ -73,9 +75,11 @@ if TYPE_CHECKING:
 @click.option("--allow-overflow", is_flag=True, help="Let values too large for fp16 become inf.")
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that exists.")
 @click.option("--workers", metavar="N", type=click.IntRange(1, 64), help="Threads that move bytes.")
+@SHARE
 @weights_options
 @JSON
 @planned.opening_once
+@planned.divided
 def to_fp32(
     checkpoint: Path,
     output: Path | None,
@@ -102,21 +106,24 @@ def to_fp32(
     ckpt to-fp32 out/checkpoint-500 --dry-run
     """
     from ckpt.cli import conversion as reports
-    from ckpt.weights.conversion import convert
+    from ckpt.weights.conversion import convert, weight_work
 
+    division: Division | None = options.pop("division")
     checkpoint = checkpoint_of(checkpoint, options["tag"], options.pop("last"), "ckpt to-fp32")
     request = weights_request(options)
     conversion = convert.plan(checkpoint, output, request=request, **options)
     preview = reports.preview(conversion, not no_verify, workers) if dry_run or as_json else None
 
-    def execute(progress: Progress) -> Output:
+    writing = {"allow_overflow": allow_overflow, "overwrite": overwrite}
+
+    def execute(progress: Progress, share_count: int | None = None) -> Output:
         record = convert.execute(
             conversion,
             verify=not no_verify,
-            allow_overflow=allow_overflow,
-            overwrite=overwrite,
             workers=workers,
             progress=progress,
+            share_count=share_count,
+            **writing,
         )
         return Output(
             None if preview is None else reports.result(preview, conversion, record),
@@ -132,9 +139,13 @@ def to_fp32(
             title=conversion.output.name,
             opening=lambda: planned.opening(convert.continuation(conversion)),
             interruption=lambda: planned.interruption(convert.continuation(conversion)),
+            divisible=weight_work.divisible(
+                conversion, execute, workers, verify=not no_verify, **writing
+            ),
         ),
         dry_run=dry_run,
         as_json=as_json,
+        division=division,
     )
 
 

@@ -47,26 +47,30 @@ class RankGroup:
     """All ranks of the default process group, in one call of ``what``.
 
     A process that no launcher started as one of several is all there is, without a
-    group.
+    group. ``peers`` meet without one.
     """
 
-    def __init__(self, what: str, timeout: float):
+    def __init__(self, what: str, timeout: float, peers: stores.Peers | None = None):
+        self.what, self.timeout = what, timeout
+        self.call, self.steps = next(_calls), itertools.count()
+        self.last_release: str | None = None
+        self.beats, self.last_beat = itertools.count(), 0.0
+        peers = peers or self._peers_of_group()
+        self.rank, self.world, self.store = peers.rank, peers.world, peers.store
+
+    def _peers_of_group(self) -> stores.Peers:
+        """The ranks of the default process group."""
         is_alone = not dist.is_initialized()
         if is_alone and os.environ.get("WORLD_SIZE", "1") != "1":
             raise CheckpointError(
-                f"{what}: torch.distributed is not initialised; call this in the training, after "
-                "deepspeed.initialize, torch.distributed.init_process_group, or when the Trainer's "
-                "arguments or the Accelerator are made",
+                f"{self.what}: torch.distributed is not initialised; call this in the training, "
+                "after deepspeed.initialize, torch.distributed.init_process_group, or when the "
+                "Trainer's arguments or the Accelerator are made",
                 "refused",
             )
 
-        self.what, self.timeout = what, timeout
-        self.rank = 0 if is_alone else dist.get_rank()
-        self.world = 1 if is_alone else dist.get_world_size()
-        self.call, self.steps = next(_calls), itertools.count()
-        self.store = PrefixStore("ckpt", stores.current())
-        self.last_release: str | None = None
-        self.beats, self.last_beat = itertools.count(), 0.0
+        rank, world = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
+        return stores.Peers(rank, world, PrefixStore("ckpt", stores.current()))
 
     @contextmanager
     def step(self) -> Iterator[Step]:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ckpt.distributed import launchers
+from converters.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,16 @@ class Replacement:
     """A store in the place of ``original``, the one of a process group."""
 
     original: Any
+    store: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """This process among several, and a store that they speak through, without a process
+    group."""
+
+    rank: int
+    world: int
     store: Any
 
 
@@ -55,6 +67,40 @@ def replace(original: Any, store: Any) -> None:
     _replacement = Replacement(original, store)
 
 
+def connected(
+    address: str,
+    port: int,
+    rank: int,
+    world: int,
+    *,
+    is_master: bool,
+    prefix: str,
+    timeout: float,
+) -> Peers:
+    """The peers that meet in a store at ``address``, which one of them or their launcher
+    holds.
+
+    ``CheckpointError`` where it is not reached within ``timeout`` seconds.
+    """
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            address,
+            port,
+            is_master=is_master,
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+        )
+    except (dist.DistError, RuntimeError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0].partition(". Exception raised")[0][:200]
+        raise CheckpointError(
+            f"rank {rank} of {world} cannot meet the others at {address}:{port} ({reason}); "
+            "MASTER_ADDR and MASTER_PORT say where rank 0 is",
+            "output",
+        ) from error
+
+    return Peers(rank, world, PrefixStore(prefix, store))
+
+
 def lost(error: Exception) -> str:
     """Why the store cannot be reached, as one sentence, and what to do about it."""
     first_line = str(error).strip().partition("\n")[0]
@@ -66,9 +112,7 @@ def lost(error: Exception) -> str:
             f"held the store they speak through; {launcher.remedy()}"
         )
 
-    return (
-        f"the ranks can no longer be reached ({reason}); another process of this training has ended"
-    )
+    return f"the ranks can no longer be reached ({reason}); another process of this job has ended"
 
 
 def current_is_launchers() -> bool:

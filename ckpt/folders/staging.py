@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -218,7 +218,7 @@ def staged(output: Path, plan: Plan, needed_bytes: int) -> Iterator[Path]:
     folder = folder_for(output)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / PLAN, "a+b") as plan_file:
-        _lock(plan_file, output)
+        lock(plan_file, output)
         try:
             _clear_of_others(folder, plan_file, plan)
             if not flock.OFFERED:
@@ -226,18 +226,29 @@ def staged(output: Path, plan: Plan, needed_bytes: int) -> Iterator[Path]:
 
             require_room(folder, needed_bytes, another_folder())
             yield folder
-            (folder / LOGBOOK).unlink(missing_ok=True)
-            (folder / PLAN).unlink()
-            LOCAL.sync(folder)
-            replace_folder(folder, output)
+            commit(folder, output, (LOGBOOK,))
         except BaseException as error:
-            is_unusable = isinstance(error, CheckpointError) and error.kind != "output"
-            if is_unusable or not _has_shard(folder, plan):
+            if is_final(error) or not _has_shard(folder, plan):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
-def _lock(plan_file: IO[bytes], output: Path) -> None:
+def commit(folder: Path, output: Path, leftovers: Iterable[str]) -> None:
+    """Gives a staging folder that is whole its name, without the files of the work on it."""
+    for name in leftovers:
+        (folder / name).unlink(missing_ok=True)
+    (folder / PLAN).unlink(missing_ok=True)
+    LOCAL.sync(folder)
+    replace_folder(folder, output)
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether an error says that the same command would fail again, so that nothing of it
+    is of use."""
+    return isinstance(error, CheckpointError) and error.kind != "output"
+
+
+def lock(plan_file: IO[bytes], output: Path) -> None:
     """Keeps others from the folder;
     ``CheckpointError`` if another conversion is at work."""
     try:
@@ -257,14 +268,19 @@ def _clear_of_others(folder: Path, plan_file: IO[bytes], plan: Plan) -> None:
     with local.naming_path(folder / PLAN):
         is_same_plan = plan_file.read() == digest
     if is_same_plan:
-        _clear(folder, {LOGBOOK, *(shard.filename for shard in plan.shards)})
+        clear(folder, {LOGBOOK, *(shard.filename for shard in plan.shards)})
         return
 
-    _clear(folder, set())
+    clear(folder, set())
+    enter_plan(folder, plan_file, digest)
+
+
+def enter_plan(folder: Path, plan_file: IO[bytes], text: bytes) -> None:
+    """Says what is made in a staging folder now."""
     with local.naming_path(folder / PLAN):
         # a file's own truncate ends at EINTR
         os.ftruncate(plan_file.fileno(), 0)
-        plan_file.write(digest)
+        plan_file.write(text)
         plan_file.flush()
 
 
@@ -272,7 +288,7 @@ def _has_shard(folder: Path, plan: Plan) -> bool:
     return any((folder / shard.filename).exists() for shard in plan.shards)
 
 
-def _clear(folder: Path, kept_shards: Collection[str]) -> None:
+def clear(folder: Path, kept_shards: Collection[str]) -> None:
     """Removes all but these shards:
     what else an interrupted run left may be of any content."""
     for parent, subfolders, filenames in os.walk(folder, topdown=False):

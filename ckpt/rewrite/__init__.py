@@ -5,6 +5,7 @@ job               moves, proves, commits
 dcp               torch's distributed checkpoints, which FSDP loads, and back
 crossing          moves, proves, commits these
 crossing_proofs   what proves them
+state_work        the bytes that these move, by one process or by several
 output_folder     where the output of these may lie, and what is copied into it
 records           its manifest, or what else says what it was made of
 result            what was done, as a value

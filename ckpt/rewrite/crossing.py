@@ -18,13 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ckpt.folders import filenames, locks, staging
-from ckpt.rewrite import output_folder, records
+from ckpt.folders import locks, staging
+from ckpt.rewrite import output_folder, records, state_work
 from ckpt.rewrite.result import RewriteChecks, RewriteResult
 from ckpt.runs.ancestry import Ancestry
+from ckpt.shares import moving
 from ckpt.weights.arguments import naming_arguments
-from converters.execute import replicas, shards
-from converters.execute.logbook import Logbook
 from converters.plan import Plan
 from converters.source import Source
 from converters.storage import local, open_files
@@ -81,6 +80,11 @@ class Crossing:
         return self.source.place.folder
 
     @property
+    def has_small_files(self) -> bool:
+        """The files are few and large."""
+        return False
+
+    @property
     def written_names(self) -> tuple[str, ...]:
         """Files of the output beside torch's or DeepSpeed's and the copied ones."""
         return ("latest",)
@@ -101,25 +105,24 @@ def execute(
     overwrite: bool = False,
     workers: int | None = None,
     progress: Callable[[int], Any] = lambda _: None,
+    share_count: int | None = None,
 ) -> RewriteResult:
     """Makes the output folder, all at once, and returns what was made and proven.
 
     Arguments and errors as ``ckpt.rewrite.job.execute`` has them.
     """
-    output, plan = crossing.output, crossing.plan
-    output_folder.require_place(crossing, overwrite)
-    if verify:
-        records.require_one_save(crossing.source)
-    with (
-        staging.as_output_error(output),
-        locks.reading(crossing.folder),
-        staging.staged(output, plan, crossing.nbytes) as staged_folder,
-        open_files.releasing(staged_folder),  # before it is renamed, or deleted
-    ):
-        report = _move(crossing, staged_folder, verify, workers, progress)
-        checks = _prove(crossing, staged_folder)
-        read_back_bytes = _read_back(crossing, staged_folder) if read_back else 0
-        _complete(crossing, staged_folder)
+    work = state_work.work_of(crossing, verify, overwrite)
+    with staging.as_output_error(crossing.output), locks.reading(crossing.folder):
+        if verify and share_count is None:
+            state_work.require_same_replicas(crossing.source)
+
+        with moving.moved(work, workers=workers, progress=progress, share_count=share_count) as (
+            staged_folder,
+            report,
+        ):
+            checks = _prove(crossing, staged_folder)
+            read_back_bytes = _read_back(crossing, staged_folder) if read_back else 0
+            _complete(crossing, staged_folder)
 
     checks = replace(
         checks,
@@ -129,25 +132,6 @@ def execute(
         verified=verify,
     )
     return replace(preview(crossing), dry_run=False, checks=checks)
-
-
-def _move(
-    crossing: Crossing,
-    staged_folder: Path,
-    verify: bool,
-    workers: int | None,
-    progress: Callable[[int], Any],
-) -> shards.MoveReport:
-    source = crossing.source
-    if verify and isinstance(source, merged.MergedCheckpoint):
-        replicas.require_same(source.tensors())
-
-    # numbers may overflow, as torch rounds when the engine does it
-    checks = shards.CheckOptions(verify=verify, allow_overflow=True)
-    logbook = Logbook(staged_folder / filenames.LOGBOOK)
-    return shards.execute(
-        crossing.plan, staged_folder, checks, workers=workers, progress=progress, logbook=logbook
-    )
 
 
 @open_files.once()

@@ -23,14 +23,13 @@ from typing import Any
 
 from ckpt import results
 from ckpt.folders import filenames, locks, staging
-from ckpt.rewrite import output_folder, records
+from ckpt.rewrite import output_folder, records, state_work
 from ckpt.rewrite.result import RewriteChecks, RewriteResult
 from ckpt.runs.ancestry import Ancestry
 from ckpt.runs.manifest import Manifest
+from ckpt.shares import moving
 from ckpt.weights.arguments import naming_arguments
 from ckpt.weights.companions import model_folder
-from converters.execute import replicas, shards, small_files
-from converters.execute.logbook import Logbook
 from converters.lazy_pattern import LazyPattern
 from converters.plan import Plan
 from converters.storage import local, open_files, stores
@@ -111,6 +110,11 @@ class Rewriting:
         return reader.LATEST if self.target is None else "latest"
 
     @property
+    def has_small_files(self) -> bool:
+        """Native files are few and large; those of a universal folder many and small."""
+        return self.target is None
+
+    @property
     def written_names(self) -> tuple[str, ...]:
         """Files of the output beside DeepSpeed's and the copied ones."""
         return self.pointer, filenames.MANIFEST, filenames.PINNED
@@ -183,28 +187,30 @@ def execute(
     overwrite: bool = False,
     workers: int | None = None,
     progress: Callable[[int], Any] = lambda _: None,
+    share_count: int | None = None,
 ) -> RewriteResult:
     """Makes the output folder, all at once, and returns what was made and proven.
+
+    With ``share_count`` it makes the folder of what so many calls of
+    ``state_work.write_share`` wrote.
 
     ``verify`` compares the CRC32s of what is read, and a sample of the 16-bit weights
     with the fp32 ones; ``read_back`` reads the finished files and compares theirs. That
     every element is where it belongs is proven in any case, from the finished files.
     ``CheckpointError`` if something is wrong; then nothing is left that looks finished.
     """
-    output, plan = rewriting.output, rewriting.plan
-    output_folder.require_place(rewriting, overwrite)
-    if verify:
-        records.require_one_save(rewriting.source)
-    with (
-        staging.as_output_error(output),
-        locks.reading(rewriting.folder),
-        staging.staged(output, plan, rewriting.nbytes) as staged_folder,
-        open_files.releasing(staged_folder),  # before it is renamed, or deleted
-    ):
-        report = _move(rewriting, staged_folder, verify, workers, progress)
-        counts = prove(rewriting, staged_folder)
-        read_back_bytes = retrace.read_back(plan, staged_folder) if read_back else 0
-        _complete(rewriting, staged_folder)
+    work = state_work.work_of(rewriting, verify, overwrite)
+    with staging.as_output_error(rewriting.output), locks.reading(rewriting.folder):
+        if verify and share_count is None:
+            state_work.require_same_replicas(rewriting.source)
+
+        with moving.moved(work, workers=workers, progress=progress, share_count=share_count) as (
+            staged_folder,
+            report,
+        ):
+            counts = prove(rewriting, staged_folder)
+            read_back_bytes = retrace.read_back(work.plan, staged_folder) if read_back else 0
+            _complete(rewriting, staged_folder)
 
     checks = RewriteChecks(
         parameter_tensors=counts["parameters"],
@@ -222,37 +228,6 @@ def execute(
 def run(rewriting: Rewriting, **options: Any) -> dict[str, Any]:
     """Does what ``execute`` does, and returns the result as ``--json`` prints it."""
     return results.document(execute(rewriting, **options))
-
-
-def _move(
-    rewriting: Rewriting,
-    staged_folder: Path,
-    verify: bool,
-    workers: int | None,
-    progress: Callable[[int], Any],
-) -> shards.MoveReport:
-    """Native files are few and large; those of a universal folder many and small."""
-    source = rewriting.source
-    if verify and isinstance(source, merged.MergedCheckpoint):
-        replicas.require_same(source.tensors())
-
-    plan, logbook = rewriting.plan, Logbook(staged_folder / filenames.LOGBOOK)
-    if rewriting.target is None:
-        return small_files.execute(
-            plan,
-            staged_folder,
-            verify=verify,
-            workers=workers,
-            progress=progress,
-            logbook=logbook,
-        )
-
-    (staged_folder / rewriting.tag).mkdir(exist_ok=True)
-    # numbers may overflow, as torch rounds when the engine does it
-    checks = shards.CheckOptions(verify=verify, allow_overflow=True)
-    return shards.execute(
-        plan, staged_folder, checks, workers=workers, progress=progress, logbook=logbook
-    )
 
 
 @open_files.once()

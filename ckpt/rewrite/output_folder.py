@@ -40,6 +40,14 @@ class PlannedOutput(Protocol):
         """Where the companions of the source lie."""
 
     @property
+    def source(self) -> Source:
+        """The source, as its reader gives it."""
+
+    @property
+    def has_small_files(self) -> bool:
+        """Whether the files of the plan are many and small."""
+
+    @property
     def plan(self) -> Plan:
         """The files that are made of the source."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.results import FileEntry, TrainingState
+from ckpt.results import FileEntry, ShareEntry, TrainingState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,8 @@ class RewriteResult:
 
     ``stage`` and ``world_size`` are those of the output, ``None`` in the universal
     format and in torch's DCP, which have none; DCP has no ``tag`` either. ``checks`` is
-    ``None`` where nothing was written (``dry_run``).
+    ``None`` where nothing was written (``dry_run``); ``shares`` are the bytes of each of
+    several processes, in their dry run.
     """
 
     dry_run: bool
@@ -50,3 +51,4 @@ class RewriteResult:
     free_bytes: int
     notes: tuple[str, ...]
     checks: RewriteChecks | None = None
+    shares: tuple[ShareEntry, ...] = ()

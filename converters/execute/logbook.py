@@ -17,39 +17,21 @@ before a line is written. Small files are compared, which costs less.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converters.accessors import entry, value
+from converters.accessors import entry
 from converters.errors import MalformedError
-from converters.execute.workers import Specials
+from converters.execute.passage import Passage, numbers, passage_of
 from converters.storage import local, stores
-from converters.storage.checksums import Ledger
 
 TICK_S = 0.02  # seconds; the coarsest clock of a Linux filesystem ticks every 0.01
 SMALL_BYTES = 16 << 20  # a file under it is compared
 MAX_BYTES = 256 << 20
 MAX_RUNS = 1_000_000  # runs of bytes in a line; with more of them none is written
-
-
-@dataclass(slots=True)
-class Passage:
-    """The bytes that were seen while files were written: CRC32s of the source,
-    and what was counted.
-
-    ``unlike_names`` are tensors whose copy has other values, ``specials`` NaN and
-    infinities by tensor and first element, ``overflowed`` numbers by tensor.
-    """
-
-    ledger: Ledger = field(default_factory=Ledger)
-    unlike_names: set[str] = field(default_factory=set)
-    specials: Specials = field(default_factory=dict)
-    overflowed: dict[str, int] = field(default_factory=dict)
 
 
 class LogEntry(NamedTuple):
@@ -92,8 +74,7 @@ class Logbook:
     def enter(self, names: Iterable[str], passage: Passage, verified: bool, counted: bool) -> None:
         """Writes down files that are whole and on disk.
         Where that fails, they are compared."""
-        runs = _runs(passage.ledger)
-        if sum(map(len, runs.values())) > MAX_RUNS:
+        if passage.run_count > MAX_RUNS:
             return
 
         time.sleep(TICK_S)
@@ -102,10 +83,7 @@ class Logbook:
                 "files": {name: self._identity(name) for name in names},
                 "verified": verified,
                 "counted": counted,
-                "runs": runs,
-                "unlike": sorted(passage.unlike_names),
-                "specials": [[*key, *counts] for key, counts in passage.specials.items()],
-                "overflowed": passage.overflowed,
+                **passage.as_document(),
             }
             # a line that was cut short must not take the next one with it
             local.append(self.path, b"\n" + json.dumps(document).encode() + b"\n")
@@ -129,14 +107,6 @@ class Logbook:
         return [line for line in lines if line is not None]
 
 
-def _runs(ledger: Ledger) -> dict[str, list[list[int]]]:
-    with ledger.lock:
-        return {
-            os.fspath(path): [[start, end, crc32] for start, (end, crc32) in starts.items()]
-            for path, (starts, _) in ledger.runs.items()
-        }
-
-
 def _line(text: bytes) -> LogEntry | None:
     """The line that a text is; ``None`` if it is none of ours."""
     try:
@@ -151,35 +121,12 @@ def _line(text: bytes) -> LogEntry | None:
 
 
 def _parsed(document: Any) -> LogEntry:
-    passage = Passage()
-    for path, runs in entry(document, "runs", dict).items():
-        for run in value(runs, list, path):
-            start, end, crc32 = _numbers(run, 3)
-            passage.ledger.add(stores.source_path(path), start, end - start, crc32)
-
-    passage.unlike_names = {value(name, str, "a name") for name in entry(document, "unlike", list)}
-    for special in entry(document, "specials", list):
-        name, *numbers = value(special, list, "specials") or [None]
-        start, nan_count, inf_count = _numbers(numbers, 3)
-        passage.specials[value(name, str, "a name"), start] = (nan_count, inf_count)
-
-    overflowed = entry(document, "overflowed", dict)
-    passage.overflowed = {name: value(count, int, name) for name, count in overflowed.items()}
-
     return LogEntry(
         identities={
-            name: tuple(_numbers(identity, 5))
+            name: tuple(numbers(identity, 5))
             for name, identity in entry(document, "files", dict).items()
         },
-        passage=passage,
+        passage=passage_of(document),
         verified=entry(document, "verified", bool),
         counted=entry(document, "counted", bool),
     )
-
-
-def _numbers(content: Any, count: int) -> list[int]:
-    """So many whole numbers."""
-    numbers = [value(number, int, "a number") for number in value(content, list, "numbers")]
-    if len(numbers) != count:
-        raise MalformedError(f"{len(numbers)} numbers, expected {count}")
-    return numbers

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters.errors import CheckpointError
-from converters.execute.logbook import SMALL_BYTES, Logbook, Passage
+from converters.execute.logbook import SMALL_BYTES, Logbook
+from converters.execute.passage import Passage
 from converters.execute.source_reader import UnlikeError
 from converters.execute.workers import OUTPUT, Mover, Progress, Specials
 from converters.extents import per_record
@@ -118,9 +119,34 @@ def execute(
     they are unchanged at once, others once they are compared. Raises
     ``CheckpointError``, and leaves no shard half written then.
     """
+    report, passage = move(
+        plan, folder, checks, workers=workers, progress=progress, logbook=logbook
+    )
+    if checks.verify:
+        report.prove(plan, passage.ledger, passage.unlike_names)
+
+    report.count(passage.specials)
+    sync_folders(plan, folder)
+
+    return report
+
+
+def move(
+    plan: Plan,
+    folder: Path,
+    checks: CheckOptions,
+    *,
+    workers: int | None,
+    progress: Progress,
+    logbook: Logbook | None,
+) -> tuple[MoveReport, Passage]:
+    """Writes the plan's shards as ``execute`` does, and proves nothing of the source yet.
+
+    The report has what was read, written and overflowed, the passage what was seen.
+    """
     with closing(SharedFiles()) as files:
         means = _Means(checks, workers, progress, files)
-        return _execute(plan, folder, means, logbook)
+        return _move(plan, folder, means, logbook)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +160,20 @@ class _Means:
 
     def mover(self) -> Mover:
         """A mover for one shard."""
-        specials: Specials | None = {} if self.checks.count_specials else None
-        return Mover(self.checks.verify, Ledger(), set(), self.progress, specials, self.files)
+        return mover_of(self.checks, self.progress, self.files)
 
 
-def _execute(plan: Plan, folder: Path, means: _Means, logbook: Logbook | None) -> MoveReport:
+def mover_of(checks: CheckOptions, progress: Progress, files: SharedFiles) -> Mover:
+    """A mover for one shard, or for a part of it."""
+    specials: Specials | None = {} if checks.count_specials else None
+    return Mover(checks.verify, Ledger(), set(), progress, specials, files)
+
+
+def _move(
+    plan: Plan, folder: Path, means: _Means, logbook: Logbook | None
+) -> tuple[MoveReport, Passage]:
     checks = means.checks
-    report, ledger = MoveReport(), Ledger()
-    mismatched: set[str] = set()
-    specials: Specials = {}
+    report, passed = MoveReport(), Passage()
     passages = logbook.passages(checks.verify, checks.count_specials) if logbook else {}
     for shard in plan.shards:
         target = folder / shard.filename
@@ -156,30 +187,22 @@ def _execute(plan: Plan, folder: Path, means: _Means, logbook: Logbook | None) -
             try:
                 mover, is_new = _made(shard, target, means, already_written)
             except UnlikeError as error:
-                _require_undamaged(plan, ledger, error.tensors)
+                require_undamaged(plan, passed.ledger, error.tensors)
                 raise
-            passage = _passage(mover)
+            passage = passage_of(mover)
             report.read += mover.read
             report.written += shard.nbytes if is_new else 0
 
-        ledger.absorb(passage.ledger)
-        mismatched |= passage.unlike_names
-        specials |= passage.specials
-        report.overflowed |= passage.overflowed
-        _require_equal_and_in_range(plan, shard, passage, ledger, checks)
+        passed.absorb(passage)
+        require_equal_and_in_range(plan, shard, passage, passed.ledger, checks)
         if logbook and shard.nbytes >= SMALL_BYTES and shard.filename not in passages:
             logbook.enter([shard.filename], passage, checks.verify, checks.count_specials)
 
-    if checks.verify:
-        report.prove(plan, ledger, mismatched)
-
-    report.count(specials)
-    _sync_folders(plan, folder)
-
-    return report
+    report.overflowed = passed.overflowed
+    return report, passed
 
 
-def _require_equal_and_in_range(
+def require_equal_and_in_range(
     plan: Plan, shard: Shard, passage: Passage, ledger: Ledger, checks: CheckOptions
 ) -> None:
     """Raises for tensors unlike their copies, and for numbers too large for their type."""
@@ -189,7 +212,7 @@ def _require_equal_and_in_range(
         refuse_overflow(shard, passage.overflowed)
 
 
-def _sync_folders(plan: Plan, folder: Path) -> None:
+def sync_folders(plan: Plan, folder: Path) -> None:
     """Makes the names of all shards durable."""
     subfolders = {(folder / shard.filename).parent for shard in plan.shards}
     for subfolder in subfolders | {folder}:
@@ -207,7 +230,7 @@ def _made(shard: Shard, target: Path, means: _Means, already_written: bool) -> t
     return mover, True
 
 
-def _passage(mover: Mover) -> Passage:
+def passage_of(mover: Mover) -> Passage:
     """What a mover saw of the source."""
     return Passage(mover.ledger, mover.mismatched, mover.specials or {}, mover.overflowed)
 
@@ -221,7 +244,7 @@ def _write(
         if mover.overflowed and not allow_overflow:
             refuse_overflow(shard, mover.overflowed)
 
-        for offset, literal in _literals(shard, mover.output):
+        for offset, literal in sealed_literals(shard, mover.output):
             writer.write(literal, offset)
 
 
@@ -239,7 +262,7 @@ def unlike_error(
     """
     placement = next(candidate for candidate in shard.placements if candidate.name == name)
     copies = placement.copies
-    _require_undamaged(plan, ledger, (placement.source, *copies))
+    require_undamaged(plan, ledger, (placement.source, *copies))
     return CheckpointError(
         f"{copies[0].extents[0].path} holds other values of {name} than "
         f"{placement.source.extents[0].path}, whose weights do not round to them: "
@@ -247,7 +270,7 @@ def unlike_error(
     )
 
 
-def _require_undamaged(plan: Plan, ledger: Ledger, tensors: Iterable[TensorRef]) -> None:
+def require_undamaged(plan: Plan, ledger: Ledger, tensors: Iterable[TensorRef]) -> None:
     """Raises ``CheckpointError`` for a record
     that tensors lie in and whose CRC32 is wrong."""
     extents = per_record(tensor.extents for tensor in tensors)
@@ -287,11 +310,11 @@ def _intact(mover: Mover, shard: Shard, target: Path, workers: int | None) -> bo
         mover.compare(shard, file, workers)
         return not mover.stale and all(
             file.read([(offset, len(literal))]) == [literal]
-            for offset, literal in _literals(shard, mover.output)
+            for offset, literal in sealed_literals(shard, mover.output)
         )
 
 
-def _literals(shard: Shard, output: Ledger) -> Iterator[tuple[int, bytes]]:
+def sealed_literals(shard: Shard, output: Ledger) -> Iterator[tuple[int, bytes]]:
     """The literals, with the CRC32s of the tensors in their slots."""
     placements_by_name = {placement.name: placement for placement in shard.placements}
     slots = dict(shard.crc_slots)

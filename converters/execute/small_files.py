@@ -20,7 +20,8 @@ from pathlib import Path
 
 from isal import isal_zlib
 
-from converters.execute.logbook import Logbook, Passage
+from converters.execute.logbook import Logbook
+from converters.execute.passage import Passage
 from converters.execute.shards import MoveReport
 from converters.execute.workers import (
     MOVE_BYTES,
@@ -62,6 +63,25 @@ def execute(
     interruption writes down those that are whole. Raises ``CheckpointError`` for damage
     in what is read, and ``OSError`` for trouble in writing.
     """
+    report, passage = move(
+        plan, folder, verify=verify, workers=workers, progress=progress, logbook=logbook
+    )
+    if verify:
+        report.checked, report.unchecked = passage.ledger.check(plan.checksums)
+
+    return report
+
+
+def move(
+    plan: Plan,
+    folder: Path,
+    *,
+    verify: bool,
+    workers: int | None,
+    progress: Progress,
+    logbook: Logbook | None,
+) -> tuple[MoveReport, Passage]:
+    """Writes the plan's files as ``execute`` does, and proves nothing of the source yet."""
     report, ledger = MoveReport(), Ledger()
     passages = logbook.passages(verify, count=False) if logbook else {}
     for passage in {id(passage): passage for passage in passages.values()}.values():
@@ -80,12 +100,9 @@ def execute(
                 _enter(logbook, [*passages, *queue.names], ledger, verify)
             raise
 
-    report.read, report.written = mover.read, plan.nbytes
-    if verify:
-        report.checked, report.unchecked = ledger.check(plan.checksums)
-
+    report.read, report.written = mover.read, sum(shard.nbytes for shard in plan.shards)
     sync(folder / shard.filename for shard in plan.shards)
-    return report
+    return report, Passage(ledger)
 
 
 def _move(mover: Mover, queue: _Queue, folder: Path, thread_count: int) -> None:

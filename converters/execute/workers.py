@@ -43,8 +43,6 @@ OUTPUT = Path("output")  # the name that the ledger of a shard's own CRC32s know
 
 Progress = Callable[[int], None]
 Specials = dict[tuple[str, int], tuple[int, int]]  # NaN and infinities of a piece
-
-
 Delivery = Callable[["Worker", int, memoryview], None]  # the offset of a piece, and its bytes
 
 
@@ -121,7 +119,6 @@ class Mover:
         self.mismatched = mismatched
         self.progress = progress
         self.specials = specials
-
         self.output = Ledger()
         self.overflowed: dict[str, int] = {}
         self.read = 0
@@ -132,13 +129,16 @@ class Mover:
         self.plain_numbers = plain_rounding.MAX_NUMBERS  # that are still compared without numpy
         self.factors: Factors | None = None
 
-    def move(self, shard: Shard, writer: Writer, workers: int | None) -> None:
-        """Moves every tensor of the shard to where ``writer`` writes."""
+    def move(
+        self, shard: Shard, writer: Writer, workers: int | None, part: range | None = None
+    ) -> None:
+        """Moves every tensor of the shard to where ``writer`` writes, or the pieces that
+        begin at the bytes of ``part``."""
 
         def write(_: Worker, offset: int, output: memoryview) -> None:
             writer.write(output, offset)
 
-        self._carry(shard, write, workers)
+        self._carry(shard, write, workers, part)
 
     def compare(self, shard: Shard, file: Readable, workers: int | None) -> None:
         """Compares every tensor of the shard with what a file holds; see ``stale``."""
@@ -149,9 +149,13 @@ class Mover:
 
         self._carry(shard, compare, workers)
 
-    def _carry(self, shard: Shard, deliver: Delivery, workers: int | None) -> None:
-        """Makes every piece of the shard, in threads that hand theirs to ``deliver``."""
+    def _carry(
+        self, shard: Shard, deliver: Delivery, workers: int | None, part: range | None = None
+    ) -> None:
+        """Makes pieces of the shard, in threads that hand theirs to ``deliver``."""
         pieces = pieces_of(shard)
+        if part is not None:
+            pieces = (piece for piece in pieces if piece.offset in part)
         count = workers or default_workers()
         args = (pieces, deliver, bool(shard.crc_slots))
         threads = [threading.Thread(target=self.work, args=args) for _ in range(count)]
@@ -270,7 +274,6 @@ class Worker:
         mover, placement = self.mover, piece.placement
         with mover.lock:
             mover.factors = mover.factors or inputs.Factors()
-
         mover.factors.advance(placement.offset)
 
         reader = inputs.InputReader(

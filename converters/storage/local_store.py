@@ -172,6 +172,24 @@ class LocalStore:
         finally:
             os.close(fd)
 
+    @contextmanager
+    def open_run(self, name: Name, nbytes: int) -> Iterator[local.LocalWriter]:
+        """Writes runs of a file that other processes write at the same time,
+        each its own bytes.
+
+        It is made ``nbytes`` long, and never read: a client of a network filesystem then
+        sends exactly the bytes that were written. Nothing is durable before ``sync``.
+        """
+        path = local_path(name)
+        fd = opening.descriptor(path, os.O_WRONLY | os.O_CREAT)
+        try:
+            with local.naming_path(path):
+                if os.fstat(fd).st_size != nbytes:
+                    os.ftruncate(fd, nbytes)
+                yield local.LocalWriter(fd)
+        finally:
+            os.close(fd)
+
     def reserve(self, name: Name, nbytes: int) -> None:
         """Makes a file that takes ``nbytes`` of the disk."""
         local.preallocate(local_path(name), nbytes)

@@ -16,7 +16,8 @@ from ckpt.rewrite import job, output_folder, reshard, universal
 from ckpt.weights.conversion import convert
 from converters.errors import CheckpointError
 from converters.execute import shards, small_files, workers
-from converters.execute.logbook import Logbook, Passage
+from converters.execute.logbook import Logbook
+from converters.execute.passage import Passage
 from converters.execute.shards import CheckOptions, MoveReport
 from converters.plan import Plan
 

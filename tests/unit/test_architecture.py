@@ -50,7 +50,7 @@ converters.dcp.native converters.dcp.writing
 
 ckpt.deprecation ckpt.requirements ckpt.results
 ckpt.cli.results ckpt.cli.usage ckpt.folders ckpt.distributed ckpt.weights
-ckpt.engine.splitting ckpt.runs
+ckpt.engine.splitting ckpt.runs ckpt.shares
 ckpt.runs.foreign ckpt.state ckpt.weights.companions
 ckpt.rewrite ckpt.runs.states ckpt.saving.commit ckpt.weights.output ckpt.weights.reader
 ckpt.weights.naming ckpt.weights.layouts
@@ -61,7 +61,7 @@ ckpt.live ckpt.torch_training ckpt.hub.content
 ckpt.hub.client
 ckpt.hub
 ckpt.saving ckpt.cli
-ckpt.resuming ckpt.__main__ ckpt.cli.crossing
+ckpt.resuming ckpt.__main__ ckpt.cli.crossing ckpt.cli.joining
 ckpt.trainers.hf
 ckpt.trainers
 ckpt converters

@@ -28,7 +28,7 @@ def main(count: int, command: list[str]) -> int:
         signal.signal(number, pass_on)
     for rank in range(count):
         given = {"SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
-        given |= {"SLURM_NTASKS": str(count)}
+        given |= {"SLURM_NTASKS": str(count), "SLURM_STEP_NUM_TASKS": str(count)}
         given.setdefault("SLURM_JOB_ID", os.environ.get("SLURM_JOB_ID", "1"))
         tasks.append(subprocess.Popen(command, env=os.environ | given))
     codes = [task.wait() for task in tasks]

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 @TAG
 @with_options(SHARED)
 @planned.opening_once
+@planned.divided
 def to_dcp(
     checkpoint: Path,
     output: Path | None,
@@ -104,6 +105,7 @@ def to_dcp(
 )
 @with_options(SHARED)
 @planned.opening_once
+@planned.divided
 def from_dcp(
     checkpoint: Path,
     world_size: int,

@@ -3,6 +3,7 @@ as frozen dataclasses: their fields are the keys of ``--json``.
 
 checkpoints  show: one checkpoint, its adapters, its quantized weights
 conversion   to-fp32, and what was proven of weights
+shares       a command that wrote a share
 runs         ls, verify, latest, pin, prune
 upkeep       doctor, slim, collect
 hub          push, pull

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.results import FileEntry, TrainingState, WeightChecks
+from ckpt.results import FileEntry, ShareEntry, TrainingState, WeightChecks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,8 @@ class ConversionResult:
 
     ``kind`` is model, adapter or merged. ``reader`` is the library that loads the
     output, ``loads`` whether it does, as ``verdict`` says in words. ``renamed`` has new
-    names by those in the checkpoint, ``rules`` lines on why.
+    names by those in the checkpoint, ``rules`` lines on why. ``shares`` are the bytes of
+    each of several processes, in their dry run.
     """
 
     dry_run: bool
@@ -65,3 +66,4 @@ class ConversionResult:
     verdict: str
     notes: tuple[str, ...]
     checks: WeightChecks | None = None
+    shares: tuple[ShareEntry, ...] = ()

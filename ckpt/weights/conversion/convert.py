@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from ckpt.folders import locks, staging
-from ckpt.folders.filenames import CONVERSION, LOGBOOK
+from ckpt.folders.filenames import CONVERSION
 from ckpt.runs import engines
 from ckpt.runs.recognition import is_numbered
+from ckpt.shares import moving
 from ckpt.weights.arguments import dtype_name, naming_arguments, require_choice, shard_bytes
 from ckpt.weights.check import checking
 from ckpt.weights.companions import absent_tokenizer, json_files
-from ckpt.weights.conversion import description, output_place, planning, sources, weight_files
+from ckpt.weights.conversion import (
+    description,
+    output_place,
+    planning,
+    sources,
+    weight_files,
+    weight_work,
+)
 from ckpt.weights.conversion.record import ConversionRecord
 from ckpt.weights.conversion.task import Conversion, Format
 from ckpt.weights.naming import ties
@@ -25,8 +33,6 @@ from ckpt.weights.request import DTYPES, Request
 from converters.detect import detect
 from converters.detect.filenames import TRAINER_STATE
 from converters.errors import CheckpointError
-from converters.execute import shards
-from converters.execute.logbook import Logbook
 from converters.options import TIED, UNTIE
 from converters.plan import Plan, Tied
 from converters.source import EXCLUDED, Source
@@ -240,36 +246,22 @@ def execute(
     overwrite: bool = False,
     workers: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
+    share_count: int | None = None,
 ) -> ConversionRecord:
     """Writes the output folder, all at once; returns what conversion.json says.
 
-    After a ``CheckpointError``, nothing is left that looks finished. After an
+    With ``share_count`` it makes the folder of what so many calls of ``write_share``
+    wrote. After a ``CheckpointError``, nothing is left that looks finished. After an
     interruption or a full disk, the same call continues with the missing shards.
     """
     output, texts, plan = conversion.output, conversion.texts, conversion.plan
-    workplace = output_place.workplace(conversion, overwrite)
-    _require_readable(conversion.companions)
+    work = weight_work.work_of(conversion, verify, allow_overflow, overwrite)
     with (
         staging.as_output_error(output),
         locks.reading(conversion.checkpoint.place.folder),
-        staging.staged(workplace, plan, conversion.nbytes) as folder,
-        open_files.releasing(folder),
+        moving.moved(work, workers=workers, progress=progress, share_count=share_count) as moved,
     ):
-        checks = shards.CheckOptions(
-            verify=verify,
-            exact_copies=conversion.strict,
-            remedy=conversion.remedy(),
-            allow_overflow=allow_overflow,
-            count_specials=True,
-        )
-        report = shards.execute(
-            plan,
-            folder,
-            checks,
-            workers=workers,
-            progress=progress,
-            logbook=Logbook(folder / LOGBOOK),
-        )
+        folder, report = moved
         record = replace(
             description.describe(conversion, report.digests),
             checks=description.checks(conversion, report, verify),
@@ -277,7 +269,7 @@ def execute(
         _complete(conversion, folder, texts, record)
     if conversion.is_file:
         with staging.as_output_error(output):
-            staging.take_file(workplace / plan.shards[0].filename, output)
+            staging.take_file(work.output / plan.shards[0].filename, output)
     return record
 
 
@@ -285,7 +277,6 @@ def require_output(conversion: Conversion, overwrite: bool = False) -> None:
     """``CheckpointError`` where ``execute`` would refuse
     to make the output; makes nothing."""
     workplace = output_place.workplace(conversion, overwrite)
-    _require_readable(conversion.companions)
     staging.require_makeable(workplace, conversion.nbytes)
 
 
@@ -304,15 +295,6 @@ def _staging_output(conversion: Conversion) -> Path:
     """The folder that is made: the output, or the one that its one file is made in."""
     output = conversion.output
     return staging.folder_of_file(output) if conversion.is_file else output
-
-
-def _require_readable(companions: Mapping[str, Path]) -> None:
-    """Raises for a file that could not be copied later, when all weights are written."""
-    for path in companions.values():
-        if not stores.is_readable(path):
-            raise CheckpointError(
-                f"{path} cannot be read; make it readable or move it away", "incomplete"
-            )
 
 
 def _complete(

@@ -6,7 +6,7 @@ base model, or the folder that config.json is taken from, would delete it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ckpt.folders import staging
@@ -21,6 +21,7 @@ from converters.storage import stores
 
 def workplace(conversion: Conversion, overwrite: bool) -> Path:
     """The folder to make; ``CheckpointError`` if the output cannot be there."""
+    _require_readable(conversion.companions)
     output, source = conversion.output, conversion.checkpoint.place
     # a file's folder holds it, and is not what is read
     sources = [] if stores.is_file(conversion.path) else [conversion.path, source.folder]
@@ -45,6 +46,15 @@ def workplace(conversion: Conversion, overwrite: bool) -> Path:
         replaced_folder.require_replaceable_files(output, _written_names(conversion))
 
     return output
+
+
+def _require_readable(companions: Mapping[str, Path]) -> None:
+    """Raises for a file that could not be copied later, when all weights are written."""
+    for path in companions.values():
+        if not stores.is_readable(path):
+            raise CheckpointError(
+                f"{path} cannot be read; make it readable or move it away", "incomplete"
+            )
 
 
 def _written_names(conversion: Conversion) -> set[str]:

@@ -20,7 +20,12 @@ from ckpt.version import __version__
 from converters.errors import one_line
 
 SECTIONS = {  # the commands, each with the module of this package that has it
-    "Weights": {"show": "weights", "to-fp32": "weights"},
+    "Weights": {
+        "show": "weights",
+        "stats": "inspection.numbers",
+        "diff": "inspection.differences",
+        "to-fp32": "weights",
+    },
     "Training states": {
         "reshard": "rewrite",
         "to-universal": "rewrite",

@@ -19,7 +19,7 @@ from isal import isal_zlib
 
 from converters.errors import CheckpointError
 from converters.storage import open_files
-from converters.tensors import Checksum
+from converters.tensors import Checksum, Extent
 
 
 class Ledger:
@@ -57,6 +57,12 @@ class Ledger:
         for path, (starts, _) in ledger.runs.items():
             for start, (end, crc32) in starts.items():
                 self.add(path, start, end - start, crc32)
+
+    def passed_bytes(self, extent: Extent) -> int:
+        """Bytes of a run that passed."""
+        starts, _ = self.runs.get(extent.path, ({}, {}))
+        ends = ((start, end) for start, (end, _) in starts.items())
+        return sum(max(0, min(end, extent.end) - max(start, extent.offset)) for start, end in ends)
 
     def crc32(self, checksum: Checksum) -> int:
         """The CRC32 of a whole record; reads whatever of it did not pass."""

@@ -40,6 +40,7 @@ from split_worker import SIZE, Expert
 from torch import nn
 
 import ckpt
+from converters.zero.merging import whole_groups
 
 GLOBAL_BATCH = 12  # sequences
 EXPERTS, STEPS = 4, 3
@@ -274,6 +275,7 @@ def train(job: dict[str, Any]) -> None:
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
         split_params_into_different_moe_groups_for_optimizer.__defaults__ = (job["limit"],)
+        whole_groups.GROUP_NUMEL = job["limit"]
     engine, out = engine_of(job), Path(job["out"])
     job.setdefault("steps", 2 * STEPS if "half" in job else STEPS)
     if "source" in job:

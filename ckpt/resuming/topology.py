@@ -91,6 +91,11 @@ def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
     saved, current = source.topology.degrees, layout.topology.degrees
     is_without_tp = saved.tensor_ranks == current.tensor_ranks == 1
     is_written = saved.stages > 1 and is_without_tp and layout.pipeline is not None
+    if current.stages > 1 and not is_written and saved.expert_ranks:
+        return (
+            "native files of several pipeline stages with experts are written of pipelines with "
+            "experts, without tensor parallelism, alone; resume with the degrees that it has"
+        )
     if current.stages > 1 and not is_written:
         return (
             "native files of several pipeline stages are written of pipelines without tensor "

@@ -88,8 +88,14 @@ def refusal(source: ResumePoint, layout: Layout, alternative: str = "") -> Check
 def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
     """What to do where no command makes native files
     for such an engine; ``None`` elsewhere."""
-    current = layout.topology.degrees
+    saved, current = source.topology.degrees, layout.topology.degrees
+    is_without_tp = saved.tensor_ranks == current.tensor_ranks == 1
     is_written = source.is_pipeline and layout.pipeline is not None
+    if current.stages > 1 and saved.expert_ranks and not (is_written and is_without_tp):
+        return (
+            "native files of several pipeline stages with experts are written of pipelines with "
+            "experts, without tensor parallelism, alone; resume with the degrees that it has"
+        )
     if current.stages > 1 and not is_written:
         return (
             "native files of several pipeline stages are written of pipelines alone: load a "

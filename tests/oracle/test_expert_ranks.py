@@ -7,6 +7,7 @@ What is read of the result is what the live engines held; there and back gives t
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,39 @@ def test_groups_end_where_deepspeeds_do(tmp_path: Path, monkeypatch: pytest.Monk
     assert [list(group.shapes) for group in whole.groups] == [
         list(group.shapes) for group in source.groups
     ]
+
+
+def test_groups_of_stacks_end_where_engines_of_any_number_of_expert_ranks_want_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed loads as many groups as a universal folder has, and passes over those of an engine
+    that has more: so it has those of one expert rank, and native files have their own again."""
+    source = SPLIT / "autoep-zero2"
+    shapes = [ref.shape for ref in experts.read(source).groups[-1].values[""].values()]
+    (numel,) = {math.prod(shape) // 2 for shape in shapes}  # of each stack on two expert ranks
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_groups, "group_limit", lambda _: 2 * numel)
+        limited = made(source, tmp_path / "limited", 4, 1, 2)
+    monkeypatch.setattr(whole_groups, "GROUP_NUMEL", 2 * numel)
+
+    folder = tmp_path / "universal"
+    universal.execute(universal.plan_to(limited, output=folder))
+    (path,) = folder.glob("*/zero/optimizer_state.pt")
+    groups = torch.load(path, weights_only=False)["param_groups"]
+    assert len(groups) == 1 + 3  # each whole stack is as large as a group may be
+
+    native = tmp_path / "native"
+    universal.execute(universal.plan_from(folder, 4, stage=1, ep=2, output=native))
+    for file, root in roots(limited).items():
+        if "optim" in file:
+            state = torch.load(next(native.glob(f"*/{file}")), weights_only=False)
+            own, expected = state["optimizer_state_dict"], root["optimizer_state_dict"]
+            assert len(expected["partition_count"]) == 1 + 2
+            base, expected_base = own["base_optimizer_state"], expected["base_optimizer_state"]
+            assert base["param_groups"] == expected_base["param_groups"]
+            assert_same(base["state"], expected_base["state"], file)
+            key = "single_partition_of_fp32_groups"
+            assert_same(own[key], expected[key], file)
 
 
 def test_layers_of_two_numbers_of_expert_ranks_get_one(

@@ -18,17 +18,22 @@ from parallel_runs import require_run
 from test_reshard_training import REDUCTION_ORDER
 
 from ckpt.rewrite import reshard, universal
+from converters.zero.merging import whole_groups
 
 WORKER = "tests/workers/experts_worker.py"
 STEPS = 3
-WHOLE = {"single": {"stage": 2, "sizes": [2, 4]}, "stacked": {"stage": 3, "sizes": [2]}}
+LIMIT = 200  # elements of a param group of experts: two of three stacks on two expert ranks
+WHOLE: dict[str, dict[str, Any]] = {
+    "single": {"stage": 2, "sizes": [2, 4], "limit": LIMIT},
+    "stacked": {"stage": 3, "sizes": [2], "limit": LIMIT},
+}
 TARGETS = [  # model, ranks, stage, expert ranks
     ("single", 4, 1, 4),
     ("stacked", 4, 3, 4),
     ("single", 2, 2, 1),
     ("stacked", 2, 2, 2),
 ]
-UNIVERSAL = {"model": "stacked", "stage": 2, "sizes": [2], "universal": True}
+UNIVERSAL = {**WHOLE["stacked"], "model": "stacked", "stage": 2, "universal": True}
 
 
 def launch(folder: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
@@ -51,12 +56,15 @@ def universal_jobs(folder: Path) -> list[dict[str, Any]]:
     name = str(folder / "stacked-folder")
     jobs = [{**UNIVERSAL, "out": name, "source": str(source), "again": f"{name}-again"}]
     name = str(folder / "stacked-native")
-    job = {"model": "stacked", "stage": 1, "sizes": [1]}
+    job = {**WHOLE["stacked"], "model": "stacked", "stage": 1, "sizes": [1]}
     jobs.append({**job, "out": name, "source": str(native), "again": f"{name}-again"})
     return jobs
 
 
-def test_training_goes_on_with_other_expert_ranks(tmp_path: Path) -> None:
+def test_training_goes_on_with_other_expert_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_groups, "GROUP_NUMEL", LIMIT)
     sources = [
         {"model": model, **job, "out": f"{tmp_path}/{model}", "half": f"{tmp_path}/{model}-half"}
         for model, job in WHOLE.items()
@@ -78,8 +86,8 @@ def test_training_goes_on_with_other_expert_ranks(tmp_path: Path) -> None:
             if target_ranks != ranks:
                 continue
             name, source = tmp_path / f"{model}-{ranks}", tmp_path / f"{model}-half"
-            sizes = [count] * len(WHOLE[model]["sizes"])  # type: ignore[arg-type]
-            job: dict[str, Any] = {"model": model, "stage": stage, "sizes": sizes}
+            sizes = [count] * len(WHOLE[model]["sizes"])
+            job = {**WHOLE[model], "model": model, "stage": stage, "sizes": sizes}
             if ranks == 4:
                 job["reshard"] = "auto"
             else:

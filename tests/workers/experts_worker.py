@@ -8,6 +8,7 @@ experts_worker.py JOBS   each {"model", "out", "stage", "sizes"} and perhaps
     "again"    where it is saved as soon as it is loaded
     "half"     where it is saved after half of its steps
     "seed"     of its first weights
+    "limit"    the most elements of a param group of experts on a rank
     "steps"    how many it trains, in two halves where it is saved between them
     "run"      where ckpt.Saver saves it after half of its steps, as parallel_worker does
     "resume"   the run that it goes on from by ckpt.resume
@@ -39,6 +40,7 @@ from split_worker import SIZE, Expert
 from torch import nn
 
 import ckpt
+from converters.zero.merging import whole_groups
 
 GLOBAL_BATCH = 12  # sequences
 EXPERTS, STEPS = 4, 3
@@ -269,6 +271,11 @@ def losses_of(engine: Any, job: dict[str, Any]) -> list[float]:
 
 
 def train(job: dict[str, Any]) -> None:
+    if "limit" in job:
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+        split_params_into_different_moe_groups_for_optimizer.__defaults__ = (job["limit"],)
+        whole_groups.GROUP_NUMEL = job["limit"]
     engine, out = engine_of(job), Path(job["out"])
     job.setdefault("steps", 2 * STEPS if "half" in job else STEPS)
     if "source" in job:

@@ -76,6 +76,15 @@ def join(
     return whole_groups
 
 
+def of_one_rank(groups: Sequence[ParamGroup]) -> list[ParamGroup] | None:
+    """The groups without a limit of their elements, if they are as an engine has them whose
+    ranks all have every expert; ``None`` where a group has more elements than that."""
+    rank_groups = [RankGroups((group,), (), is_expert_group(group)) for group in groups]
+    if group_limit(rank_groups) is None:
+        return None
+    return [group.groups[0] for group in _without_limit(rank_groups)]
+
+
 def _without_limit(groups: Sequence[RankGroups]) -> list[RankGroups]:
     """The groups as DeepSpeed would make them without a limit of their elements."""
     limit = group_limit(groups)

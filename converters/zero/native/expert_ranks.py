@@ -108,7 +108,7 @@ class ExpertRanks:
                 groups.append(next(dense_groups))
                 continue
             own_group = self._local(self.with_group_name(group), local_counts, expert_rank)
-            groups += _limited(own_group, checkpoint.group_numel)
+            groups += limited(own_group, checkpoint.group_numel)
         return groups
 
     def with_group_name(self, group: ParamGroup) -> ParamGroup:
@@ -149,7 +149,7 @@ class ExpertRanks:
                 yield f"{match['prefix']}{local_expert}{match['inner']}", tensor
 
 
-def _limited(group: ParamGroup, limit: int | None) -> Iterator[ParamGroup]:
+def limited(group: ParamGroup, limit: int | None) -> Iterator[ParamGroup]:
     """A group of experts, cut where DeepSpeed begins another because one is full."""
     parts: list[list[str]] = [[]]
     numel = 0

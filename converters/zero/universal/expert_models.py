@@ -24,7 +24,7 @@ from converters.zero import partitioning
 from converters.zero.files.state_files import Shape
 from converters.zero.merging import roots, whole_groups
 from converters.zero.merging.experts import ExpertsCheckpoint
-from converters.zero.native import model_files
+from converters.zero.native import expert_ranks, model_files
 from converters.zero.native.target import TargetTopology
 from converters.zero.param_groups import ParamGroup
 
@@ -44,15 +44,21 @@ def require_stacks(checkpoint: ExpertsCheckpoint) -> None:
     )
 
 
-def without_ranks(groups: Sequence[ParamGroup]) -> list[ParamGroup]:
-    """The param groups without names that tell of expert ranks: DeepSpeed would give
-    them to the groups of an engine that has another number."""
-    return [
-        replace(group, options=_without_name(group.options or {}))
-        if whole_groups.is_expert_group(group)
-        else group
-        for group in groups
-    ]
+def without_ranks(groups: Sequence[ParamGroup], limit: int | None) -> list[ParamGroup]:
+    """The param groups without what tells of expert ranks.
+
+    DeepSpeed would give their names to the groups of an engine that has another number.
+    It loads as many groups as the folder has, and silently leaves those of an engine that
+    has more as they are: so they end where those of one expert rank do, which has the most.
+    """
+    own_groups: list[ParamGroup] = []
+    for group in groups:
+        if whole_groups.is_expert_group(group):
+            nameless = replace(group, options=_without_name(group.options or {}))
+            own_groups += expert_ranks.limited(nameless, limit)
+        else:
+            own_groups.append(group)
+    return own_groups
 
 
 def _without_name(options: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -104,10 +104,14 @@ def _with_experts(source: Universal) -> experts.ExpertsCheckpoint:
         source.layers,
         checkpoint.stage,
     )
-    groups = [_by_expert_rank(source, group) for group in source.groups]
+    # of our own folders; those of DeepSpeed have the groups of the run that saved
+    own_groups = whole_groups.of_one_rank(source.groups)
+    groups = [_by_expert_rank(source, group) for group in own_groups or source.groups]
     merged = experts.of_groups(checkpoint, states, groups, {})
+    limit = whole_groups.GROUP_NUMEL if own_groups is not None else merged.group_numel
     return replace(
         merged,
+        group_numel=limit,
         source=_as_saved(source, checkpoint),
         model_paths=source.models,
         dense=replace(merged.dense, model_paths=source.models),

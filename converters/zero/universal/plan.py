@@ -107,7 +107,7 @@ def groups_of(checkpoint: Checkpoint) -> list[ParamGroup]:
     groups = merged.groups_of(checkpoint)
     if isinstance(checkpoint, ExpertsCheckpoint):
         expert_models.require_stacks(checkpoint)
-        groups = expert_models.without_ranks(groups)
+        groups = expert_models.without_ranks(groups, checkpoint.group_numel)
     return optimizer_files.in_optimizer_order(groups, checkpoint, stage12_target(checkpoint))
 
 

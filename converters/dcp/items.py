@@ -70,7 +70,8 @@ class ItemReader:
                     part = FilePart(file, place.offset, place.nbytes, _END_BYTES)
                     return zip_format.read(part, place.path, BUILDERS, located_storage, form=_FORM)
 
-            item_path = self._item_path(name, place, max_bytes)
+            _require_zstd(name, place)
+            item_path = self.item_path(place, max_bytes)
             with open_files.opened(item_path) as file:
                 return zip_format.read(file, item_path, BUILDERS, located_storage, form=_FORM)
         except OSError as error:
@@ -79,9 +80,12 @@ class ItemReader:
                 reason += "; copy it here from where it was saved"
             raise CheckpointError(reason, "incomplete") from error
 
-    def _item_path(self, name: str, place: ItemPlace, max_bytes: int) -> Path:
-        """The path under which the bytes of a compressed item are read, unpacked."""
-        _require_zstd(name, place)
+    def item_path(self, place: ItemPlace, max_bytes: int) -> Path:
+        """The path under which the bytes of an item that zstd compressed are read.
+
+        It may unpack to ``max_bytes``. ``CheckpointError`` where the library that unpacks
+        is not installed.
+        """
         if self.compressed_items is None:
             from converters.storage.compressed_items import CompressedItems
 

@@ -26,7 +26,7 @@ from converters.errors import CheckpointError
 from converters.words import counted
 from converters.zero.merging.saved_degrees import NONE, Degrees
 from converters.zero.native.stages.stage_layers import StageLayers
-from converters.zero.native.target import SUB_GROUP
+from converters.zero.native.target import SUB_GROUP, TargetTopology
 
 _CUTS = "universal_checkpoint_info"  # of the model (checkpoint/constants.py)
 _EXPERT_GROUP = "ep_size_"  # then the number of ranks that the experts are dealt out to
@@ -86,6 +86,14 @@ class Layout:
     settings: Mapping[str, Any]
     cuts: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     pipeline: str | None = None
+
+    @property
+    def target(self) -> TargetTopology:
+        """Its stage, ranks and groups of parameters, for files without other degrees."""
+        sub_group_size = self.settings.get("sub_group_size", SUB_GROUP)
+        return TargetTopology(
+            self.topology.stage, self.topology.world_size, sub_group_size=sub_group_size
+        )
 
     @classmethod
     def of_engine(cls, engine: EngineView, world: int) -> Layout:

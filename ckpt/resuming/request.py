@@ -16,7 +16,7 @@ from ckpt import text
 from ckpt.distributed import load_slots
 from ckpt.distributed.load_slots import LoadSlot, Need
 from ckpt.distributed.ranks import RankGroup, alive
-from ckpt.engine import mapped_loading, view
+from ckpt.engine import mapped_loading, precision, view
 from ckpt.engine.layout import Layout
 from ckpt.engine.settings import ENGINE_ALONE, Loop
 from ckpt.engine.view import EngineView
@@ -28,6 +28,7 @@ from ckpt.resuming.continuity import OnMismatch
 from ckpt.resuming.resume_point import NO_RANDOM_STATES, RankState, ResumePoint
 from ckpt.resuming.select import VerifyLevel
 from ckpt.resuming.topology import Reshard
+from ckpt.rewrite import dcp_for_engine
 from ckpt.runs import manifest as manifests
 from ckpt.runs.run import RunCheckpoint, is_numbered, open_checkpoint
 from ckpt.runs.upkeep import adoption
@@ -35,6 +36,7 @@ from converters.errors import CheckpointError
 from converters.storage import local
 from converters.words import first
 from converters.zero.files.discovery import is_tag_folder
+from converters.zero.merging.saved_degrees import NONE
 
 log = logging.getLogger("ckpt")
 
@@ -125,8 +127,9 @@ class ResumeRequest:
         ranks = self.ranks
         layout = Layout.of_engine(engine, ranks.world)
         options = (self.tag, self.verify, self.load_foreign, layout.topology.fits)
+        path = self._path_of_native(engine, layout)
         checkpoint = select.select_checkpoint(
-            ranks, self.path, *options, committed_only=self.committed_only
+            ranks, path, *options, committed_only=self.committed_only
         )
         if checkpoint is None:
             if not ranks.rank:
@@ -150,6 +153,24 @@ class ResumeRequest:
                 stack.enter_context(locks.reading(loadable.folder))
 
         return loadable
+
+    def _path_of_native(self, engine: EngineView, layout: Layout) -> Path:
+        """The path itself or, of a checkpoint of FSDP, that of the native files that rank 0
+        makes of it beside it, where it may."""
+        with self.ranks.step() as outcome:
+            is_staged = layout.topology.stage > 0 and layout.topology.degrees == NONE
+            may_cross = self.reshard is not None and is_staged and not self.committed_only
+            if may_cross and not self.ranks.rank and dcp_for_engine.is_source(self.path):
+                with alive(self.ranks):
+                    outcome.value = dcp_for_engine.native_files(
+                        self.path,
+                        layout.target,
+                        precision.of_engine(engine),
+                        [name for name, _ in engine.module.named_buffers()],
+                    ).name
+
+        name = outcome.heard[0]
+        return Path(os.path.abspath(self.path)).with_name(name) if name else self.path
 
     def commit(self, source: ResumePoint) -> ResumePoint:
         """Commits the checkpoint that a training goes on from, if it was written

@@ -133,7 +133,8 @@ def resume(
     - ``committed_only``: whether to pass over what has no manifest, also where it proves
       to be whole; by default the newest of both kinds is taken, and a line says so
     - ``reshard="auto"``: one of another world size or ZeRO stage, or of other
-      tensor-parallel or expert ranks, is resharded beside it first
+      tensor-parallel or expert ranks, is resharded beside it first; of one of FSDP that
+      ``path`` names, DeepSpeed's files are made beside it, as ``ckpt from-dcp`` makes them
     - ``memory``: what the ranks of a node may take of its memory for files that cannot
       be mapped, in bytes or as "8GB"; by default what is available. The ranks take
       turns if need be

@@ -193,7 +193,7 @@ def _check_records(stream: BinaryIO, file_size: int, progress: Progress) -> str 
     file = _as_file(stream)
     directory = zip_directory.read(file, Path(stream.name))
     for record_name in directory.records:
-        fault = record_fault(stream, file, directory, record_name, progress)
+        fault = record_fault(file, directory, record_name, progress)
         if fault is not None:
             return fault
 
@@ -203,31 +203,26 @@ def _check_records(stream: BinaryIO, file_size: int, progress: Progress) -> str 
 
 
 def record_fault(
-    stream: BinaryIO,
-    file: File,
-    directory: Directory,
-    record_name: str,
-    progress: Progress,
-    start: int = 0,
+    file: File, directory: Directory, record_name: str, progress: Progress
 ) -> str | None:
     """The fault in the bytes of a record, by its CRC32; ``None`` if there is none.
 
-    ``file`` is what the directory was read from: the open file, or a part of it that
-    begins at byte ``start``.
+    ``file`` is what the directory was read from: an open file, or a part of one.
     """
     from isal import isal_zlib
 
     record = directory.records[record_name]
     try:
-        stream.seek(start + directory.payload(file, record_name))
+        position = directory.payload(file, record_name)
     except CheckpointError as error:
         return str(error)
 
     running_crc, remaining = 0, record.size
-    for block in _blocks(stream, remaining):
-        running_crc = isal_zlib.crc32(block, running_crc)
-        remaining -= len(block)
-        progress(len(block))
+    buffer = memoryview(bytearray(min(CHUNK, remaining)))
+    while count := file.read_into(position, buffer[:remaining]):
+        running_crc = isal_zlib.crc32(buffer[:count], running_crc)
+        remaining, position = remaining - count, position + count
+        progress(count)
 
     if remaining or running_crc != record.crc32:
         return f"record {record_name} has CRC32 {running_crc:08x}, expected {record.crc32:08x}"

@@ -3,7 +3,8 @@
     .metadata      every tensor with its chunks: boxes of it, and the bytes that hold them
     __R_N.distcp   items one after another, each a file of torch.save of its own
 
-reader            a folder of DCP as a ``Source``;  fsdp_folder  the folders of Accelerate
+reader            a folder of DCP as a ``Source``;  fsdp_folder  the folders of Accelerate;
+                  parts  those of composer
 checkpoint        what a ``Source`` of these formats has beside the weights
 saved_state       the leaves of a state dict that was saved, whatever the files: of DCP
                   (dcp_state), of ``torch.save`` (torch_state), of a file for each rank of FSDP

@@ -19,7 +19,7 @@ from converters.dcp import reader as dcp_reader
 from converters.dcp.checkpoint import ShardedCheckpoint
 from converters.dcp.keys import layouts
 from converters.dcp.keys.layouts import StateLayout
-from converters.dcp.keys.leaves import KeyPath, Leaf
+from converters.dcp.keys.leaves import KeyPath
 from converters.dcp.optimizer_state import SavedOptimizer
 from converters.dcp.saved_state import SavedState
 from converters.detect import filenames
@@ -106,12 +106,7 @@ def _optimizer(
     """The optimizer of a model; ``None`` where none was saved."""
     require_one_form(root, _OPTIMIZER, number)
     state = _state(root, _OPTIMIZER, number, (_OPTIMIZER,))
-    if state is None:
-        return None
-
-    names = [Leaf(name, ("model", name), True) for name in model.model]
-    leaves = layouts.split([*state.leaves, *names], state.folder).optimizer
-    return SavedOptimizer(state, leaves)
+    return None if state is None else SavedOptimizer.beside(state, model)
 
 
 def require_one_form(root: Path, stem: str, number: int) -> None:

@@ -4,9 +4,9 @@ zips of ``torch.save``.
     PK 03 04 ... PK 05 06 ...    an item, from its first byte to its last
     length, 8 bytes | {          of SerializationFormat.SAFETENSORS: has no checksum
     80 02 8a 0a ...              of torch.save before its zips: has no checksum
+    28 b5 2f fd ...              of zstd, where .metadata says so: unpacks to a zip
 
-What went through a transform, such as a compression, has the form of that, which is not
-known.
+What went through another transform has the form of that, which is not known.
 
 Source: torch 2.13 ``distributed/checkpoint/filesystem.py`` (``_write_item``,
 ``SerializationFormat``).
@@ -27,20 +27,22 @@ from converters.storage.store import File
 from converters.torch_files.element_types import DTYPES
 
 _ZIP_HEAD, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
+_ZSTD_HEAD = b"\x28\xb5\x2f\xfd"
 _ZIP_END_BYTES = 22  # of the record that ends a zip without a comment, as torch's are
 _LENGTH_BYTES = 8  # in front of the JSON of safetensors
 
 
 def require_form(place: ItemPlace) -> str:
-    """The form of an item: zip, safetensors, legacy or transformed; reads its ends only.
+    """The form of an item: zip, safetensors, legacy, zstd or transformed; reads its ends
+    only.
 
     ``CheckpointError`` for an item that is of no form in which torch writes one.
     """
-    if place.transforms:
+    if place.transforms and not items.is_zstd(place):
         return "transformed"
 
     with open_files.opened(place.path) as file:
-        form = _form(file, place)
+        form = _packed_form(file, place) if place.transforms else _form(file, place)
     if form is not None:
         return form
     raise CheckpointError(
@@ -48,6 +50,12 @@ def require_form(place: ItemPlace) -> str:
         f"{place.nbytes} bytes of one lie; it is damaged, or of another save: copy it again from "
         "where it was saved"
     )
+
+
+def _packed_form(file: File, place: ItemPlace) -> str | None:
+    """Zstd, if an item begins as its frames do; ``None`` for another form."""
+    (head,) = file.read([(place.offset, len(_ZSTD_HEAD))])
+    return "zstd" if head == _ZSTD_HEAD else None
 
 
 def _form(file: File, place: ItemPlace) -> str | None:
@@ -97,7 +105,7 @@ def _note(lines: dict[Path, str], place: ItemPlace, read: Callable[[], object]) 
         read()
     except CheckpointError as error:
         try:
-            if require_form(place) == "zip":
+            if error.kind != "unsupported" and require_form(place) in ("zip", "zstd"):
                 lines[place.path] = str(error)
         except CheckpointError as fault:
             lines[place.path] = str(fault)

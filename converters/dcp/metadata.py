@@ -18,6 +18,7 @@ Source: torch 2.1 to 2.13, ``distributed/checkpoint/metadata.py`` (``Metadata``)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from converters.dcp.keys.leaves import KeyPath
 from converters.errors import CheckpointError, MalformedError
 from converters.pickles.interpreter import Interpreter
 from converters.pickles.values import Call, Global
-from converters.storage import open_files, stores
+from converters.storage import first_bytes, open_files, stores
 from converters.storage.store import File, read_exactly
 from converters.walks import described
 from converters.words import numbers
@@ -323,11 +324,26 @@ def _require_apart(
         is_shared = place == previous and name != previous_name and not is_repeated
         is_same_file = place.path == previous.path and not is_shared
         if is_same_file and place.offset < previous.offset + previous.nbytes and place.nbytes:
+            _require_torch_save(place)
             raise CheckpointError(
                 f"{folder} contradicts itself: {previous_name} and {name} share bytes of "
                 f"{place.path.name}; copy the checkpoint again from where it was saved"
             )
         previous, previous_name = place, name
+
+
+def _require_torch_save(place: ItemPlace) -> None:
+    """``CheckpointError`` where a file holds its tensors as one of safetensors: all of them
+    have one place in ``.metadata`` (``SerializationFormat.SAFETENSORS``)."""
+    with suppress(OSError), open_files.opened(place.path) as file:
+        if first_bytes.is_safetensors(file.read([(place.offset, first_bytes.HEAD_BYTES)])[0]):
+            raise CheckpointError(
+                f"{place.path} was written with serialization_format=SAFETENSORS of "
+                "FileSystemWriter, and .metadata does not say where in it each tensor lies, so "
+                "that torch itself does not load it; save the training again without that, or "
+                "with HuggingFaceStorageWriter",
+                "unsupported",
+            )
 
 
 def _dict(fields: Mapping[str, Any], name: str) -> dict[Any, Any]:

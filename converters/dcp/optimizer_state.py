@@ -16,7 +16,9 @@ from typing import Any
 
 from converters.dcp.boxes import LocatedTensor
 from converters.dcp.checkpoint import ParameterGroup
-from converters.dcp.keys.layouts import OptimizerLeaves
+from converters.dcp.keys import layouts
+from converters.dcp.keys.layouts import OptimizerLeaves, StateLayout
+from converters.dcp.keys.leaves import Leaf
 from converters.dcp.keys.model_roots import without_wrappers
 from converters.dcp.saved_state import SavedState, number_of
 from converters.errors import CheckpointError
@@ -33,6 +35,15 @@ class SavedOptimizer:
         self.state = state
         self.leaves = leaves
         self.tensor_names = frozenset(leaf.name for leaf in state.leaves if leaf.is_tensor)
+
+    @classmethod
+    def beside(cls, state: SavedState, model: StateLayout) -> SavedOptimizer:
+        """The optimizer of a model that was saved apart from it."""
+        is_root = any(leaf.keys[0] in (layouts.STATE, layouts.GROUPS) for leaf in state.leaves)
+        under_one_key = [leaf._replace(keys=("optimizer", *leaf.keys)) for leaf in state.leaves]
+        names = [Leaf(name, ("model", name), True) for name in model.model]
+        leaves = [*(under_one_key if is_root else state.leaves), *names]
+        return cls(state, layouts.split(leaves, state.folder).optimizer)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -73,6 +73,7 @@ DCP = ".metadata"
 DCP_PART = LazyPattern(r"__\w+\.distcp")
 DCP_OF_RANK = LazyPattern(r"__\d+\.metadata")
 DCP_SAFETENSORS = LazyPattern(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+DCP_MODEL, DCP_OPTIMIZERS = "model", ("optim", "optimizer")  # folders of their own, as composer's
 FSDP_FOLDER = LazyPattern(r"pytorch_model_fsdp_\d+")
 FSDP_OF_RANK = LazyPattern(r"pytorch_model_fsdp(_\d+)?_rank\d+\.bin")
 FSDP_FULL = LazyPattern(r"pytorch_model_fsdp(_\d+)?\.bin")

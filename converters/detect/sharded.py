@@ -65,6 +65,14 @@ def dcp(look: Look) -> str | None:
     return look.has([filenames.DCP]) or look.match(filenames.DCP_PART)
 
 
+def dcp_parts(look: Look) -> str | None:
+    """Model and optimizer as distributed checkpoints of torch, in a folder each."""
+    parts = (filenames.DCP_MODEL, *filenames.DCP_OPTIMIZERS)
+    folders = [name for name in parts if Look(look.path / name).has([filenames.DCP])]
+    is_pair = len(folders) > 1 and folders[0] == filenames.DCP_MODEL
+    return " and ".join(folders) if is_pair else None
+
+
 def dcp_safetensors(look: Look) -> str | None:
     """A distributed checkpoint of torch as safetensors,
     each file with pieces of tensors."""
@@ -150,6 +158,17 @@ KINDS = (
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint ({evidence})",
         remedy=_CROSSES,
         reader=_DCP,
+        trouble="unsupported",
+    ),
+    Kind(
+        name="dcp-parts",
+        title="model and optimizer, each a checkpoint of torch.distributed.checkpoint",
+        recognized_by="`model/.metadata`, and that of `optim/` or `optimizer/`",
+        sign=dcp_parts,
+        statement="is a checkpoint of FSDP or torch.distributed.checkpoint with a folder for each "
+        "part, as composer saves it ({evidence})",
+        remedy=_CROSSES,
+        reader="converters.dcp.parts:read",
         trouble="unsupported",
     ),
     Kind(

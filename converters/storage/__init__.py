@@ -4,7 +4,7 @@ store            what a place that keeps files has to offer
 stores           which store keeps a name, by its scheme;  url_path  a path that stays a URL
 local_store      the local filesystem as one, and the durable renames that only it has
 open_files       the files of a command, each opened and parsed once; files that threads share
-file_part        a run of bytes of a file, as a file of its own
+file_part        a run of bytes of a file, as a file of its own;  compressed_items  unpacked
 strided_reads    views whose runs are small and many
 local            writes, renames and other calls of the operating system
 syncing          on disk when the call returns, whatever the filesystem offers

@@ -14,13 +14,14 @@ class FilePart:
     """``size`` bytes from ``start`` on of an open file; see ``store.File``.
 
     With ``end_bytes`` so many bytes at the beginning and the end of the part are read by
-    one request, when the first of them are asked for, and answer what lies in them.
+    one request, when the first of them are asked for, and answer what lies in them. A
+    part that has no others is read once.
     """
 
     def __init__(self, file: File, start: int, size: int, end_bytes: int = 0):
         self.file, self.start, self.size = file, start, size
         self.name, self.identity = file.name, (file.identity, start, size)
-        self.end_bytes = min(end_bytes, size)
+        self.end_bytes = size if size <= 2 * end_bytes else end_bytes
         self.ends: tuple[bytes, bytes] | None = None
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
@@ -39,7 +40,12 @@ class FilePart:
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fills ``buffer`` from ``offset`` on; the number of bytes that were read."""
         room = max(0, self.size - offset)
-        return self.file.read_into(self.start + offset, buffer[:room])
+        buffer = buffer[:room]
+        data = self._of_ends(offset, len(buffer))
+        if data is None:
+            return self.file.read_into(self.start + offset, buffer)
+        buffer[: len(data)] = data
+        return len(data)
 
     @contextmanager
     def contents(self) -> Iterator[Any]:
@@ -62,8 +68,8 @@ class FilePart:
             return None
         if self.ends is None:
             places = [(self.start, self.end_bytes), (self.start + tail_start, self.end_bytes)]
-            head, tail = self.file.read(places)
-            self.ends = (head, tail)
+            ends = self.file.read(places if tail_start else places[:1])
+            self.ends = (ends[0], ends[-1])
 
         head, tail = self.ends
         if first + length <= self.end_bytes:

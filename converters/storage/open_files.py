@@ -57,7 +57,7 @@ class FilePool:
         else:
             if len(self.files) >= self.max_open_files:
                 self.files.popitem(last=False)[1].close()
-            self.files[path] = stores.store_of(path).open(path)
+            self.files[path] = stores.opener_of(path).open(path)
 
         return self.files[path]
 
@@ -100,7 +100,7 @@ class SharedFiles:
             if path not in self.files:
                 if not self._has_room():
                     return None
-                self.files[path] = stores.store_of(path).open(path)
+                self.files[path] = stores.opener_of(path).open(path)
             return self.files[path]
 
     def close(self) -> None:

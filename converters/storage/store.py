@@ -106,8 +106,8 @@ class StoredFile(NamedTuple):
     size: int
 
 
-class Store(Protocol):
-    """A place that keeps files. Names are paths, or URLs as they are written.
+class Opener(Protocol):
+    """What opens files by their names: all that reading them takes.
 
     Its ``OSError`` have the name as ``filename``; what is not there is a
     ``FileNotFoundError``.
@@ -118,6 +118,10 @@ class Store(Protocol):
 
     def status(self, name: Name) -> Status:
         """The status of a path; ``OSError`` if nothing is there."""
+
+
+class Store(Opener, Protocol):
+    """A place that keeps files. Names are paths, or URLs as they are written."""
 
     def entries(self, folder: Name) -> Sequence[FolderEntry]:
         """The entries right in ``folder``,

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from converters.errors import CheckpointError
+from converters.storage.compressed_items import ItemPath
 from converters.storage.local_store import LOCAL
-from converters.storage.store import File, FolderEntry, Name, Status, Store, StoredFile
+from converters.storage.store import File, FolderEntry, Name, Opener, Status, Store, StoredFile
 from converters.storage.url_path import UrlPath, canonical, download, scheme_of
 
 _COPIED_BYTES = 1 << 20  # at a time
@@ -43,6 +44,13 @@ def store_of(name: Name) -> Store:
     return store
 
 
+def opener_of(name: Name) -> Opener:
+    """What opens a name: its store, or what the path of a compressed item brings along."""
+    if isinstance(name, ItemPath) and name.opener is not None:
+        return name.opener
+    return store_of(name)
+
+
 def source_path(name: Name) -> Path:
     """The path of something to read, of a URL a ``UrlPath``; of "file:///PATH" the path.
 
@@ -55,7 +63,7 @@ def source_path(name: Name) -> Path:
 
 def status(path: Name) -> Status:
     """The status of a path; ``OSError`` if nothing is there."""
-    return store_of(path).status(path)
+    return opener_of(path).status(path)
 
 
 def regular_size(path: Name) -> int:
@@ -137,7 +145,7 @@ def files_below(folder: Name) -> Iterator[StoredFile]:
 @contextmanager
 def opened(path: Name) -> Iterator[File]:
     """The file, open for this block alone; ``OSError`` if it cannot be opened."""
-    file = store_of(path).open(path)
+    file = opener_of(path).open(path)
     try:
         yield file
     finally:

@@ -19,12 +19,13 @@ from converters.errors import CheckpointError, MalformedError
 from converters.pickles.values import Call, Global, hashable
 from converters.tensors import DType, TensorRef
 from converters.torch_files import reader
-from converters.torch_files.element_types import STORAGE_NAMES
+from converters.torch_files.element_types import DTYPE_NAMES, STORAGE_NAMES
+from converters.torch_files.torch_file import UNTYPED, TorchFile
 from converters.torch_files.torch_file import Storage as Storage
-from converters.torch_files.torch_file import TorchFile
 
 Pairs = Sequence[tuple[Any, Any]]
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
+_REBUILD_UNTYPED = Global("torch._utils", "_rebuild_tensor_v3")  # torch 2.1 and later
 ORDERED = Global("collections", "OrderedDict")
 MAX_DEPTH = 200  # levels of a tree that is copied or compared; DeepSpeed's have about ten
 
@@ -56,13 +57,19 @@ def read_root(path: Path) -> dict[Any, Any]:
 
 
 def storage(ref: TensorRef, dtype: DType | None = None) -> Storage:
-    """A new storage that holds the elements of ``ref``, as ``dtype`` where that is
-    given; ``MalformedError`` for a type that torch has no class of storages for."""
+    """A new storage that holds the elements of ``ref``, as ``dtype`` where that is given.
+
+    It is one of bytes for a type that torch has no class of storages for, such as those
+    of 8 bits (torch 2.13 ``storage.py: _new_dtypes``). ``MalformedError`` for a type that
+    torch has not.
+    """
     kind = dtype or ref.dtype
-    if kind not in STORAGE_NAMES:
+    if kind not in DTYPE_NAMES:
         raise MalformedError(f"tensors of type {kind.value} are not written into a state file")
 
-    return Storage(Global("torch", STORAGE_NAMES[kind]), ref, kind)
+    is_typed = kind in STORAGE_NAMES
+    storage_class = Global("torch", STORAGE_NAMES[kind]) if is_typed else UNTYPED
+    return Storage(storage_class, ref, kind)
 
 
 def tensor(
@@ -81,10 +88,11 @@ def tensor(
         raise ValueError(
             f"a tensor ({words.shape(shape)}) at {offset} does not fit {backing.numel} elements"
         )
-    return Call(
-        _REBUILD,
-        (backing, offset, tuple(shape), tuple(strides), grad, ordered(())),
-    )
+    arguments = (backing, offset, tuple(shape), tuple(strides), grad, ordered(()))
+    if backing.kind == UNTYPED:
+        kind = Global("torch", DTYPE_NAMES[backing.dtype])
+        return Call(_REBUILD_UNTYPED, (*arguments, kind))
+    return Call(_REBUILD, arguments)
 
 
 def ordered(pairs: Iterable[tuple[Any, Any]]) -> Call:

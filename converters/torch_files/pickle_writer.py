@@ -63,7 +63,7 @@ class _Writer:
                 storage_key = self.keys.setdefault(id(value), str(len(self.keys)))
                 if len(self.keys) > len(self.storages):
                     self.storages.append(value)
-                persistent_id = ("storage", value.kind, storage_key, "cpu", value.numel)
+                persistent_id = ("storage", value.kind, storage_key, "cpu", value.persistent_size)
                 self.write(persistent_id, depth + 1)
                 self.opcodes.append(b"Q")
             case tuple() | list() | dict() | set() | frozenset():

@@ -48,7 +48,7 @@ def read_as(path: Path, form: str, builders: Builders, stored: Stored) -> TorchF
 def _parse(file: File, path: Path, form: str, builders: Builders, stored: Stored) -> TorchFile:
     head = file.read([(0, first_bytes.LEGACY_HEAD_BYTES)])[0]
     if head[:4] == b"PK\x03\x04":
-        return zip_format.read(file, path, builders, stored, form)
+        return zip_format.read(file, path, builders, stored, form=form)
     if first_bytes.is_legacy_torch(head):
         from converters.torch_files import legacy_format
 

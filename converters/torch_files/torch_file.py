@@ -39,6 +39,9 @@ class TorchFile:
         return self.checksums[record_index(self.checksums, tensor.extents[0].offset)]
 
 
+UNTYPED = Global("torch.storage", "UntypedStorage")  # a storage of bytes
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
     """A storage: its class, what fills it, and the type that is written in.
@@ -52,8 +55,13 @@ class Storage:
 
     @property
     def numel(self) -> int:
-        """Elements, as the persistent id counts them."""
+        """Elements."""
         return self.ref.numel
+
+    @property
+    def persistent_size(self) -> int:
+        """The size in the persistent id: elements, or bytes of a storage of bytes."""
+        return self.numel * self.dtype.itemsize if self.kind == UNTYPED else self.numel
 
 
 Stored = Callable[[Any, TensorRef | Call], Any]  # a persistent id, and the storage it names

@@ -25,6 +25,7 @@ from converters.errors import CheckpointError
 from converters.pickles.interpreter import Interpreter
 from converters.pickles.machine import Builders
 from converters.pickles.values import Call
+from converters.storage.file_part import FilePart
 from converters.storage.store import File, read_exactly
 from converters.tensors import Checksum, Extent, Listed, TensorRef
 from converters.torch_files import same_pickles, zip_directory
@@ -37,13 +38,14 @@ MAX_PICKLE_BYTES = 1 << 30  # bytes of data.pkl; the largest seen is a few MB
 
 
 def read(
-    file: File, path: Path, builders: Builders, stored: Stored, form: str | None = None
+    file: File, path: Path, builders: Builders, stored: Stored, *, form: str | None = None
 ) -> TorchFile:
     """The file of a zip; ``CheckpointError`` if it is damaged.
     Arguments: see ``reader.read_as``.
 
     With ``form`` a file whose pickle another one of this command has, too, is not
-    interpreted again.
+    interpreted again. A ``FilePart`` is a zip inside of ``path``: its storages are
+    located in the whole file.
     """
     directory = zip_directory.read(file, path)
     pickles = [name for name in directory.records if name.endswith("/data.pkl")]
@@ -114,6 +116,7 @@ class _Records:
 
     def __init__(self, path: Path, file: File, prefix: str, directory: zip_directory.Directory):
         self.path, self.file, self.prefix, self.directory = path, file, prefix, directory
+        self.start = file.start if isinstance(file, FilePart) else 0  # of the zip in ``path``
         self.headers: dict[str, bytes] = {}
         self.unread_names = (name for name, record in directory.records.items() if record.size)
         self.storages_by_key: dict[str, Checksum] = {}
@@ -152,7 +155,7 @@ class _Records:
                 "refused",
             )
 
-        data = read_exactly(self.file, record.extent.offset, record.extent.length)
+        data = read_exactly(self.file, record.extent.offset - self.start, record.extent.length)
         if record.crc32 not in (None, crc32(data)):
             raise CheckpointError(
                 f"{self.path} is damaged: the CRC32 of {name} is {crc32(data):08x}, "
@@ -166,12 +169,12 @@ class _Records:
         if record is None:
             raise CheckpointError(f"{self.path} has no record {name}, which its data.pkl names")
         if not record.size:
-            return Checksum(Extent(self.path, record.header, 0), None)
+            return Checksum(Extent(self.path, self.start + record.header, 0), None)
 
         full_name = self.prefix + name
         payload_start = self.directory.payload_behind(full_name, self._header(full_name))
         return Checksum(
-            Extent(self.path, payload_start, record.size),
+            Extent(self.path, self.start + payload_start, record.size),
             record.crc32 or None,
         )
 

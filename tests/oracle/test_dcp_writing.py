@@ -407,6 +407,18 @@ def test_after_an_interruption_the_same_command_goes_on(tmp_path: Path) -> None:
         assert (tmp_path / "dcp" / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16])
+def test_types_without_a_class_of_storages_are_written_as_torch_writes_them(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tensor = torch.arange(12, dtype=torch.float32).to(dtype).reshape(3, 4)
+    dcp.save({"model": {"w": tensor}}, checkpoint_id=tmp_path / "source", no_dist=True)
+    loaded = {"model": {"w": torch.zeros_like(tensor)}}
+    path = crossed(tmp_path / "source", tmp_path / "dcp", files=2)
+    dcp.load(loaded, checkpoint_id=path, no_dist=True)
+    assert torch.equal(loaded["model"]["w"].view(torch.uint8), tensor.view(torch.uint8))
+
+
 def test_what_a_training_saved_is_not_replaced(tmp_path: Path) -> None:
     shutil.copytree(TRAINER, tmp_path / "run/checkpoint-2")
     run("to-dcp", TRAINER, "-o", tmp_path / "run/checkpoint-2", "--overwrite", code=1)

@@ -184,6 +184,13 @@ def dcp(folder: Path) -> Path:
     return folder
 
 
+@case("dcp-parts", _READS)
+def dcp_parts(folder: Path) -> Path:
+    dcp(folder / "model")
+    dcp(folder / "optim")
+    return folder
+
+
 @case("dcp-safetensors", _READS)
 def dcp_safetensors(folder: Path) -> Path:
     return tensors(folder / "shard-00001-model-00001-of-00001.safetensors")

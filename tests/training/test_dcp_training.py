@@ -13,6 +13,7 @@ from test_reshard_training import REDUCTION_ORDER, WORKER, ranks, require_same
 
 from ckpt.rewrite import dcp as crossing
 
+OTHER_WRAPPERS = ("FullyShardedDataParallel", "DistributedDataParallel")  # than fully_shard
 FSDP_WORKER = "tests/workers/fsdp_worker.py"
 
 
@@ -27,9 +28,9 @@ def from_dcp(source: Path, output: Path, world: int, stage: int, **options: Any)
     return output
 
 
-def with_fsdp(job: dict[str, Any], folder: Path) -> None:
+def with_fsdp(folder: Path, *jobs: dict[str, Any]) -> None:
     path = folder / "fsdp.json"
-    path.write_text(json.dumps([job]))
+    path.write_text(json.dumps(jobs))
     torchrun(FSDP_WORKER, path, ranks=2, limit=300)
 
 
@@ -46,28 +47,30 @@ def require_equal(path: Path, expected: Path) -> None:
 def test_a_training_goes_on_from_zero_to_fsdp_and_back_as_if_nothing_had_happened(
     tmp_path: Path,
 ) -> None:
-    """Stage 3 with DeepSpeed, FSDP2 with torch, stage 2 with DeepSpeed, each on two ranks."""
+    """Stage 3 with DeepSpeed, FSDP2 with torch, stage 2 with DeepSpeed and ``ckpt.resume``, each
+    on two ranks. FSDP1 and DDP go on as FSDP2 does."""
     spec = {"spec": "zero3-fp32-w2", "stage": 3}
     whole = {**spec, "out": str(tmp_path / "whole"), "steps": 7}
     ranks("train", [{**whole, "half": str(tmp_path / "zero"), "half_steps": 3}], 2, tmp_path)
 
     source = to_dcp(tmp_path / "zero", tmp_path / "dcp", files=2)
     job = {"source": str(source), "spec": spec["spec"], "steps": 2, "out": str(tmp_path / "fsdp")}
-    with_fsdp(job, tmp_path)
-    require_equal(tmp_path / "fsdp/loaded.safetensors", tmp_path / "zero/live.safetensors")
+    others = [{**job, "wrapper": name, "out": str(tmp_path / name)} for name in OTHER_WRAPPERS]
+    with_fsdp(tmp_path, job, *others)
+    expected = json.loads((tmp_path / "whole/losses.json").read_text())
+    for name in ("fsdp", *OTHER_WRAPPERS):
+        require_equal(tmp_path / name / "loaded.safetensors", tmp_path / "zero/live.safetensors")
+        losses = json.loads((tmp_path / name / "losses.json").read_text())
+        assert losses == pytest.approx(expected[3:5], rel=REDUCTION_ORDER), name
 
-    buffers = ("scale", "positions", "mask")
-    native = from_dcp(
-        tmp_path / "fsdp/dcp", tmp_path / "native", 2, 2, dtype="fp32", buffer=buffers
-    )
-    job = {"spec": spec["spec"], "stage": 2, "source": str(native), "steps": 2}
-    job |= {"out": str(tmp_path / "back"), "zero": {}}
+    source = tmp_path / "fsdp/dcp"  # the engine says what ckpt from-dcp asks for
+    job = {"spec": spec["spec"], "stage": 2, "source": str(source), "steps": 2}
+    job |= {"out": str(tmp_path / "back"), "zero": {}, "reshard": "auto"}
     ranks("train", [job], 2, tmp_path)
     require_equal(tmp_path / "back/loaded.safetensors", tmp_path / "fsdp/live.safetensors")
 
     parts = [tmp_path / name / "losses.json" for name in ("zero", "fsdp", "back")]
     losses = [loss for path in parts for loss in json.loads(path.read_text())]
-    expected = json.loads((tmp_path / "whole/losses.json").read_text())
     assert losses == pytest.approx(expected, rel=REDUCTION_ORDER)
 
 
@@ -76,7 +79,7 @@ def test_the_trainer_resumes_with_fsdp(tmp_path: Path) -> None:
     source = FIXTURES / "trainer-zero2/checkpoint-2"
     path = to_dcp(source, tmp_path / "checkpoint-2", layout="accelerate")
     job = {"source": str(path), "trainer": True, "out": str(tmp_path / "out")}
-    with_fsdp(job, tmp_path)
+    with_fsdp(tmp_path, job)
     require_equal(tmp_path / "out/loaded.safetensors", source.parent / "live.safetensors")
     facts = json.loads((tmp_path / "out/facts.json").read_text())
     assert (facts["step"], facts["scheduler"], facts["last_step"]) == (2, 2, 4)

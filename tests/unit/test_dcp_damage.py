@@ -168,15 +168,6 @@ def test_a_bit_that_changed_is_found_while_bytes_move(folder: Path) -> None:
     assert not (folder.parent / "out").exists()
 
 
-def test_a_compressed_item_is_refused_by_the_name_of_its_transform(folder: Path) -> None:
-    def compress(metadata: Any) -> None:
-        for info in metadata.storage_data.values():
-            info.transform_descriptors = ["stream.zstd/1"]
-
-    dcp_checkpoints.edit_metadata(folder, compress)
-    assert "(stream.zstd/1)" in refusal(folder, "unsupported")
-
-
 def test_a_save_that_did_not_finish_has_no_description(folder: Path) -> None:
     (folder / ".metadata").unlink()
     assert "has no .metadata, which is written last" in refusal(folder, "incomplete")

@@ -7,7 +7,8 @@ reshard_worker.py load JOBS            each {"folder", "spec", "stage", "out"}: 
                                        out.json: steps, rates, loss scale
 reshard_worker.py train JOBS           each {"out", "spec", "stage", "steps"} and perhaps "source":
                                        trains the tiny model on the same global batches whatever
-                                       the world size; saves; OUT/losses.json, OUT/facts.json
+                                       the world size; saves; OUT/losses.json, OUT/facts.json;
+                                       with "reshard", that of ``ckpt.resume``, this loads it
 reshard_worker.py trainer OUT NAME FROM [universal]
                                        the Trainer resumes
 A job may have what takes the place of the spec's ("zero", "config", "dtype", "torch_adam"), and
@@ -123,8 +124,7 @@ def train(job: dict[str, Any]) -> None:
     engine = engine_for(spec, 1234, job, train_micro_batch_size_per_gpu=micro)
     done = 0
     if "source" in job:
-        path, _ = engine.load_checkpoint(job["source"])
-        assert path is not None
+        resume(engine, job)
         done = engine.global_steps
         if "again" in job:
             engine.save_checkpoint(job["again"])
@@ -136,6 +136,17 @@ def train(job: dict[str, Any]) -> None:
             finish(engine, spec, job, Path(job["half"]), losses)
     finish(engine, spec, job, out, losses)
     engine.destroy()
+
+
+def resume(engine: Any, job: dict[str, Any]) -> None:
+    """Loads the job's source with DeepSpeed, or with what ckpt makes of it for the engine."""
+    if job.get("reshard"):
+        import ckpt
+
+        assert ckpt.resume(engine, job["source"], reshard=job["reshard"]) == engine.global_steps
+    else:
+        path, _ = engine.load_checkpoint(job["source"])
+        assert path is not None
 
 
 def step(engine: Any, number: int) -> float:

@@ -151,7 +151,8 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
     """
     from ckpt.runs.foreign import dcp_files
 
-    if (proof := dcp_files.proof_of_parts(path)) is not None:
+    proof = dcp_files.proof_of_parts(path) or dcp_files.proof_of_pair(path)
+    if proof is not None:
         return proof
     if not entry_names:
         raise CheckpointError(f"{path} is empty: its save did not begin", "incomplete")

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 from ckpt.runs.ancestry import record_in
 from ckpt.runs.foreign import intact_files
 from ckpt.runs.foreign.proofs import OWN, Proof
+from converters import detect
+from converters.detect import filenames
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
 from converters.storage import open_files
@@ -89,6 +91,18 @@ def proof_of_parts(folder: Path) -> Proof | None:
         "beside it: its save did not finish, or no training goes on from it",
         "incomplete",
     )
+
+
+def proof_of_pair(folder: Path) -> Proof | None:
+    """The proof of a model and its optimizer in folders of their own; ``None``: they are
+    not both there."""
+    detected = detect.detect(folder)
+    if detected.kind.name != "dcp-parts":
+        return None
+    for name in (filenames.DCP_MODEL, *filenames.DCP_OPTIMIZERS):
+        if (folder / name).is_dir():
+            require_dcp(folder / name)
+    return Proof(folder, "torch's distributed checkpoint")
 
 
 def rank_count(parts: Iterable[Path]) -> int:

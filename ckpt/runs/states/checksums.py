@@ -4,8 +4,8 @@ and what has none.
     committed   by the manifest: every file has its digest; of a torch zip the digest binds the
                 directory, and that has the CRC32 of each record
     complete    by the files themselves: each record of a torch zip has a CRC32, also of the zips
-                that DCP writes one behind the other into a .distcp. safetensors, JSON and files
-                of older forms have none
+                that DCP writes one behind the other into a .distcp, unpacked where they are
+                compressed. safetensors, JSON and files of older forms have none
 
 What is read is decided first (``of_manifest``, ``of_files``, ``ChecksumPlan.sample``),
 then it is read (``execute``).
@@ -14,6 +14,7 @@ then it is read (``execute``).
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,9 +29,11 @@ from ckpt.runs import digests
 from ckpt.runs.digests import FileRecord, Progress, quiet
 from ckpt.runs.manifest import Manifest
 from converters.errors import CheckpointError
-from converters.storage import local, open_files
+from converters.storage import local, open_files, stores
+from converters.storage.compressed_items import ItemPath
 from converters.storage.file_part import FilePart
 from converters.storage.local_store import LocalFile
+from converters.storage.store import File
 from converters.torch_files import zip_directory
 from converters.torch_files.zip_directory import Directory
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 DCP_SUFFIX = ".distcp"
 DCP_METADATA = ".metadata"
+_END_BYTES = 4 << 10  # of an item that are read at once: all of a small one
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,8 @@ class Checkable:
     """Bytes that one checksum covers: a record of a zip, or a file by its digest.
 
     ``name`` is the file's, as messages have it. The zip begins at byte ``start`` of the
-    file and takes ``span`` bytes.
+    file and takes ``span`` bytes. ``path`` is that of the file, or of a compressed item in
+    it.
     """
 
     path: Path
@@ -57,6 +62,11 @@ class Checkable:
     record: str = ""
     start: int = 0
     span: int = 0
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the file that its zip takes."""
+        return self.path.packed[1] if isinstance(self.path, ItemPath) else self.span
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,16 +151,18 @@ def of_files(place: Path) -> ChecksumPlan:
     checkables: list[Checkable] = []
     bare: list[FileEntry] = []
     problems: list[str] = []
-    pieces_by_folder: dict[Path, dict[str, list[ItemPlace]]] = {}
+    pieces_by_path: dict[Path, list[ItemPlace]] = {}
+    described_folders: set[Path] = set()
     for path, name in files_of(place):
         nbytes = path.stat().st_size
         with _opened(path) as stream:
             if path.suffix == DCP_SUFFIX:
-                if path.parent not in pieces_by_folder:
-                    pieces_by_folder[path.parent] = _pieces_of(path.parent)
-                    problems += _faults_of(path.parent, name)
-                pieces = pieces_by_folder[path.parent].get(path.name, [])
-                covered = [*_records_of_pieces(stream, path, name, pieces)]
+                if path.parent not in described_folders:
+                    described_folders.add(path.parent)
+                    faults = _faults_of(path.parent, name)
+                    problems += faults.values()
+                    pieces_by_path |= _pieces_of(path.parent, faults)
+                covered = [*_records_of_pieces(stream, name, pieces_by_path.get(path, []))]
             else:
                 directory = digests.directory_of(stream)
                 covered = [] if directory is None else [*_records(path, name, directory)]
@@ -169,27 +181,32 @@ def execute(plan: ChecksumPlan, progress: Progress = quiet) -> list[str]:
     for path, checkables in groupby(plan.checkables, key=lambda checkable: checkable.path):
         of_file = list(checkables)
         try:
-            with _opened(path) as stream:
-                faults = (_fault(stream, checkable, progress) for checkable in of_file)
-                fault = next(filter(None, faults), None)
+            with stores.opened(path) as file:
+                fault = next(filter(None, _faults_in(file, of_file, progress)), None)
         except OSError as error:
             fault = str(error.strerror)
+        except CheckpointError as error:  # of a compressed item
+            fault = str(error)
 
         problems += [f"{of_file[0].name}: {fault}"] if fault is not None else []
 
     return problems
 
 
-def _fault(stream: BinaryIO, checkable: Checkable, progress: Progress) -> str | None:
-    if checkable.digest is not None:
-        return digests.unlike(checkable.path, checkable.digest, True, progress)
+def _faults_in(
+    file: File, checkables: Sequence[Checkable], progress: Progress
+) -> Iterator[str | None]:
+    """What is wrong with each of some bytes of a file; ``None`` for what is not."""
+    part = FilePart(file, 0, 0)
+    for checkable in checkables:
+        if checkable.digest is not None:
+            yield digests.unlike(checkable.path, checkable.digest, True, progress)
+            continue
 
-    assert checkable.directory is not None
-    part = FilePart(LocalFile(checkable.path, stream.fileno()), checkable.start, checkable.span)
-
-    return digests.record_fault(
-        stream, part, checkable.directory, checkable.record, progress, checkable.start
-    )
+        assert checkable.directory is not None
+        if (part.start, part.size) != (checkable.start, checkable.span):
+            part = FilePart(file, checkable.start, checkable.span, _END_BYTES)
+        yield digests.record_fault(part, checkable.directory, checkable.record, progress)
 
 
 def files_of(place: Path) -> Iterator[tuple[Path, str]]:
@@ -227,54 +244,74 @@ def _records(
 
 def _bytes_without(covered: Sequence[Checkable], nbytes: int) -> int:
     """Bytes of a file outside of its zips, and of records in these that have no CRC32."""
-    zips = {checkable.start: checkable for checkable in covered}
+    zips = {(checkable.path, checkable.start): checkable for checkable in covered}
     records = [
         record
         for checkable in zips.values()
         if checkable.directory is not None
         for record in checkable.directory.records.values()
     ]
-    outside = nbytes - sum(checkable.span for checkable in zips.values())
+    outside = nbytes - sum(checkable.packed_bytes for checkable in zips.values())
 
     return outside + sum(record.size for record in records if not record.crc32)
 
 
-def _pieces_of(folder: Path) -> dict[str, list[ItemPlace]]:
-    """The items of DCP in a folder, by the file that they lie in."""
-    from converters.dcp import metadata
-
-    pieces: dict[str, dict[int, ItemPlace]] = {}
-    for place in metadata.item_places(folder):
-        pieces.setdefault(place.path.name, {})[place.offset] = place
-
-    return {name: list(by_offset.values()) for name, by_offset in pieces.items()}
-
-
-def _faults_of(folder: Path, name: str) -> Iterator[str]:
+def _faults_of(folder: Path, name: str) -> dict[Path, str]:
     """A line for each file of DCP in the folder
     of ``name`` that has not the items described."""
     from converters.dcp import item_forms
 
     prefix, slash, _ = name.rpartition("/")
-    for fault in item_forms.faults(folder).values():
-        yield fault.replace(f"{folder}/", f"{prefix}{slash}")
+    return {
+        path: fault.replace(f"{folder}/", f"{prefix}{slash}")
+        for path, fault in item_forms.faults(folder).items()
+    }
+
+
+def _pieces_of(folder: Path, faults: Collection[Path]) -> dict[Path, list[ItemPlace]]:
+    """The items of DCP in a folder, by the file that they lie in; of faulty files not the
+    compressed ones, which may unpack to anything."""
+    from converters.dcp import metadata
+
+    pieces: dict[Path, dict[int, ItemPlace]] = {}
+    for place in metadata.item_places(folder):
+        if not place.transforms or place.path not in faults:
+            pieces.setdefault(place.path, {})[place.offset] = place
+
+    return {path: list(by_offset.values()) for path, by_offset in pieces.items()}
 
 
 def _records_of_pieces(
-    stream: BinaryIO, path: Path, name: str, pieces: Sequence[ItemPlace]
+    stream: BinaryIO, name: str, pieces: Sequence[ItemPlace]
 ) -> Iterator[Checkable]:
     """The records of the zips that ``torch.save`` wrote into a file of DCP."""
-    file = LocalFile(path, stream.fileno())
+    file = LocalFile(Path(stream.name), stream.fileno())
+    packed_pieces = [piece for piece in pieces if piece.transforms]
     for piece in pieces:
-        part = FilePart(file, piece.offset, piece.nbytes)
-        if part.read([(0, 4)])[0] != b"PK\x03\x04":
+        part = FilePart(file, piece.offset, piece.nbytes, _END_BYTES)
+        if piece.transforms or part.read([(0, 4)])[0] != b"PK\x03\x04":
             continue
 
         try:
-            directory = zip_directory.read(part, path)
+            directory = zip_directory.read(part, piece.path)
         except CheckpointError:
             continue  # of another form, which has no checksum that is known here
-        yield from _records(path, name, directory, piece.offset, piece.nbytes)
+        yield from _records(piece.path, name, directory, piece.offset, piece.nbytes)
+
+    if packed_pieces:
+        yield from _records_of_compressed(name, packed_pieces)
+
+
+def _records_of_compressed(name: str, pieces: Sequence[ItemPlace]) -> Iterator[Checkable]:
+    """The records of compressed items, which ``item_forms.faults`` has unpacked before."""
+    from converters.dcp import items
+
+    reader = items.ItemReader()
+    for piece in filter(items.is_zstd, pieces):
+        path = reader.item_path(piece, sys.maxsize)
+        with stores.opened(path) as file:
+            directory = zip_directory.read(file, path)
+            yield from _records(path, name, directory, 0, file.size)
 
 
 @contextmanager

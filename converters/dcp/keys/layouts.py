@@ -6,10 +6,12 @@ and which the optimizer's, by their keys.
     Lightning             model | NAME              optimizer_0 | state | NAME | exp_avg
     composer              state | model | NAME      state | optimizers | CLASS | state | NAME | ...
     torch's tutorials     app | model | NAME        app | optim | state | NAME | exp_avg
+    scripts               net | NAME                opt_g | state | NAME | exp_avg
 
 So a model's names follow a key such as ``model``, or stand at the root. An optimizer's
 states follow keys such as ``optimizer`` and ``state``, by the names of parameters;
-flattened (``flatten_optimizer_state_dict``), name and key of a state are one text.
+flattened (``flatten_optimizer_state_dict``), name and key of a state are one text. What
+has ``param_groups`` is an optimizer under any key.
 
 Source: accelerate 1.15 ``utils/fsdp_utils.py``, torchtitan 0.3
 ``components/checkpoint.py``, Lightning 2.6 ``strategies/fsdp.py`` and
@@ -70,14 +72,17 @@ def split(leaves: Sequence[Leaf], folder: Path) -> StateLayout:
 
     ``CheckpointError`` where several models or trainings could be meant.
     """
-    is_bare = _is_optimizer_at_root(leaves)
-    places = {leaf.name: _optimizer_place(leaf.keys, is_bare) for leaf in leaves}
+    bases = _bases(leaves)
+    places = {leaf.name: _optimizer_place(leaf.keys, bases) for leaf in leaves}
     tensors = [leaf for leaf in leaves if leaf.is_tensor and places[leaf.name] is None]
     optimizer_places = {name: place for name, place in places.items() if place and place.below}
 
     root = model_roots.choose(tensors, [*optimizer_places.values()], folder)
+    copies = () if root else model_roots.copies(tensors, optimizer_places.values())
     of_model = {
-        ".".join(leaf.keys[len(root) :]): leaf.name for leaf in tensors if _is_of(root, leaf.keys)
+        ".".join(leaf.keys[len(root) :]): leaf.name
+        for leaf in tensors
+        if _is_of(root, leaf.keys) and leaf.keys[0] not in copies
     }
     used = set(of_model.values())
     others = tuple(leaf.name for leaf in tensors if leaf.name not in used)
@@ -102,23 +107,31 @@ def keys_of_names(names: Iterable[str]) -> dict[str, KeyPath]:
     return keys
 
 
-def _is_optimizer_at_root(leaves: Sequence[Leaf]) -> bool:
-    """Whether ``state`` and ``param_groups``
-    of an optimizer are keys of the root itself."""
+def _bases(leaves: Sequence[Leaf]) -> frozenset[KeyPath]:
+    """The keys of optimizers that ``param_groups`` tell, none of the root itself.
+
+    Where all has the form of an optimizer's states, the root is one without groups.
+    """
+    bases = {
+        leaf.keys[:depth]
+        for leaf in leaves
+        for depth, key in enumerate(leaf.keys)
+        if key.partition(".")[0] == GROUPS
+    }
     heads = {leaf.keys[0].partition(".")[0] for leaf in leaves}
-    if GROUPS in heads:
-        return True
     last_keys = {leaf.name.rpartition(".")[2] for leaf in leaves if leaf.is_tensor}
-    return heads == {STATE} and bool(last_keys) and last_keys <= _STATE_KEYS
+    if heads == {STATE} and last_keys and last_keys <= _STATE_KEYS:
+        bases.add(())
+    return frozenset(bases)
 
 
-def _optimizer_place(keys: KeyPath, is_bare: bool) -> OptimizerPlace | None:
+def _optimizer_place(keys: KeyPath, bases: frozenset[KeyPath]) -> OptimizerPlace | None:
     """Where a leaf stands in an optimizer; ``None`` for what is not an optimizer's.
 
-    With ``is_bare`` the root itself is an optimizer.
+    ``bases`` are keys of optimizers, whatever their names.
     """
     for index, key in enumerate(keys[:-1]):
-        if _OPTIMIZER.fullmatch(key) is None:
+        if keys[: index + 1] not in bases and _OPTIMIZER.fullmatch(key) is None:
             continue
         below = keys[index + 1 :]
         for depth in range(len(below[:2])):  # one of several optimizers has a key more
@@ -127,7 +140,7 @@ def _optimizer_place(keys: KeyPath, is_bare: bool) -> OptimizerPlace | None:
                 return OptimizerPlace(keys[:index], keys[: index + 1 + depth], path)
         return OptimizerPlace(keys[:index], keys[: index + 1], ())
 
-    path = _state_path(keys) if is_bare else None
+    path = _state_path(keys) if () in bases else None
     return None if path is None else OptimizerPlace((), (), path)
 
 

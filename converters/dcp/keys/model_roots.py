@@ -49,11 +49,40 @@ def choose(tensors: Sequence[Leaf], places: Sequence[OptimizerPlace], folder: Pa
 
     roots = _roots(tensors)
     if not roots:
-        return ()
+        return _holder(tensors, places, folder)
     if parents:
         return _beside_optimizer(roots, next(iter(parents)), tensors, places, folder)
     depth = min(map(len, roots))
     return _only([root for root in roots if len(root) == depth], tensors, folder)
+
+
+def copies(tensors: Iterable[Leaf], places: Iterable[OptimizerPlace]) -> frozenset[str]:
+    """Keys at the root below which there are copies of the model, whose names stand at the
+    root themselves: such as ``ema``, with averages under the same names. An optimizer has
+    states for the model alone."""
+    owners = _owners(places)
+    names: set[str] = set()
+    names_by_key: dict[str, set[str]] = {}
+    for leaf in tensors:
+        if len(leaf.keys) == 1:
+            names.add(leaf.keys[0])
+        else:
+            names_by_key.setdefault(leaf.keys[0], set()).add(".".join(leaf.keys[1:]))
+
+    return frozenset(
+        key
+        for key, below in names_by_key.items()
+        if owners & below and below <= names and not any(f"{key}.{n}" in owners for n in below)
+    )
+
+
+def _holder(tensors: Sequence[Leaf], places: Sequence[OptimizerPlace], folder: Path) -> KeyPath:
+    """The keys below which the parameters of the optimizer stand, where no key is a
+    model's: none, if some stand at the root, or there is no optimizer."""
+    holders = _holders(tensors, places)
+    if not holders or () in holders:
+        return ()
+    return _only([*holders], tensors, folder)
 
 
 def _roots(tensors: Iterable[Leaf]) -> list[KeyPath]:
@@ -98,11 +127,7 @@ def _beside_optimizer(
 
 def _holders(tensors: Iterable[Leaf], places: Iterable[OptimizerPlace]) -> dict[KeyPath, None]:
     """The keys below which a parameter of the optimizer stands."""
-    names: set[str] = set()
-    for _, _, (head, owner, *keys) in places:
-        if head == STATE:  # flattened, a name has the key of the state behind it
-            names.add(without_wrappers(owner if keys else owner.rpartition(".")[0]))
-
+    names = _owners(places)
     holders: dict[KeyPath, None] = {}
     for leaf in tensors:
         for index in range(len(leaf.keys)):
@@ -110,6 +135,16 @@ def _holders(tensors: Iterable[Leaf], places: Iterable[OptimizerPlace]) -> dict[
                 holders[leaf.keys[:index]] = None
 
     return holders
+
+
+def _owners(places: Iterable[OptimizerPlace]) -> set[str]:
+    """The parameters that an optimizer has states of, without pieces of wrappers."""
+    return {
+        # flattened, a name has the key of the state behind it
+        without_wrappers(owner if keys else owner.rpartition(".")[0])
+        for _, _, (head, owner, *keys) in places
+        if head == STATE
+    }
 
 
 def without_wrappers(name: str) -> str:
@@ -127,7 +162,12 @@ def _only(roots: Sequence[KeyPath], tensors: Sequence[Leaf], folder: Path) -> Ke
             "folder of its own",
             "unsupported",
         )
-    return min(roots, key=lambda root: MODEL_KEYS.index(root[-1]))
+    return min(roots, key=_rank)
+
+
+def _rank(root: KeyPath) -> int:
+    """The place of a root's last key among ``MODEL_KEYS``, or behind them."""
+    return MODEL_KEYS.index(root[-1]) if root[-1] in MODEL_KEYS else len(MODEL_KEYS)
 
 
 def _is_below(leaf: Leaf, root: KeyPath) -> bool:

@@ -28,7 +28,9 @@ from ckpt.saving.commit.commit import Commit, Facts
 from ckpt.saving.model_weights import WeightsWriter
 from ckpt.saving.rank_work import RankWork
 from ckpt.saving.tiers import Tier
-from ckpt.state import plain, rank_files
+from ckpt.state import rank_files
+from ckpt.state.plain_file import PlainFile
+from ckpt.state.state_file import StateFile
 from ckpt.torch_training import capture, description, leaves
 from ckpt.torch_training.measured import MeasuredTraining
 from converters.errors import CheckpointError
@@ -113,26 +115,24 @@ class TorchStates:
         ``CheckpointError`` on every rank if one fails, or if the disk is too small.
         """
         ranks, folder = commit.ranks, commit.folder
-        with ranks.step() as sizes, local.naming_path(folder):
+        with ranks.step() as step, local.naming_path(folder):
             state_leaves = leaves.of_training(self.training, commit.facts.step)
             if exclude_frozen_parameters:
                 state_leaves = [leaf for leaf in state_leaves if not _is_frozen(leaf)]
             part = capture.part_of(state_leaves, ranks.rank, ranks.world)
-            commit.files |= rank_files.write(folder, ranks.rank, extra)
-            if not ranks.rank:
-                states = self._training_state(client_state)
-                commit.files[TRAINING_STATE] = plain.write(folder / TRAINING_STATE, states)
-
             path = folder / capture.FILENAME.format(ranks.rank)
-            states_by_path = [(path, part.file)] if part.file.nbytes else []
-            work = RankWork(folder, states_by_path, None)
+            files: list[tuple[Path, StateFile]] = [(path, part.file)] if part.file.nbytes else []
+            files += rank_files.capture(folder, ranks.rank, extra)
+            if not ranks.rank:
+                states, path = self._training_state(client_state), folder / TRAINING_STATE
+                files.append((path, PlainFile(states, str(path))))
+                self.write_companions(tokenizer, folder, ranks.rank)
+
+            work = RankWork(folder, files, None)
             work.heartbeat = lambda: ranks.heartbeat(raise_failures=True)
             work.notes = part.notes
-            sizes.value = [commit.nodes.folder, work.nbytes]
-
-        preflight.require_room(ranks, commit.nodes, folder, sizes.heard, 0)
-        with ranks.step(), local.naming_path(folder):
-            self.write_companions(tokenizer, folder, ranks.rank)
+            step.value = preflight.room_report(commit.nodes, folder, work.nbytes)
+            step.answer = partial(preflight.require_room, weight_bytes=0)
 
         commit.join = partial(description.write, folder, part.forms)
         return work

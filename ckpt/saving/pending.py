@@ -64,7 +64,7 @@ class PendingSave:
             raise CheckpointError("its files were not written", "output")
 
         self.commit.files |= self.work.files
-        self.commit.note = self.work.report if self.work.notes is None else self.work.notes
+        self.commit.note = self.work.note
         yield from self.commit.finishing()
         if self.publish is not None:
             yield from self.commit.apart(self.publish)

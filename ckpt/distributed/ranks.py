@@ -219,6 +219,7 @@ class RankGroup:
         keys = {rank: f"{self.call}/{step_number}/{rank}" for rank in range(1, self.world)}
         yield from self._until(keys)
         values = [value, *(json.loads(self.store.get(key)) for key in keys.values())]
+        self.raise_if_failed()  # one that came long ago may have given up waiting
         if answer is not None:
             values[0] = answer(values)
         self.store.set(release_key, json.dumps(values[0]))

@@ -201,9 +201,7 @@ class Saver:
             work = self._capture(commit, client_state or {}, extra)
             flight = PendingSave(commit, work)
             if self.nodes.commits:
-                flight.publish = partial(
-                    update_pointers, self.run, self.retention, commit.line
-                )
+                flight.publish = partial(update_pointers, self.run, self.retention, commit.line)
             if self.background:
                 flight.start(self.memory, self.pool)
             else:

@@ -32,9 +32,7 @@ def inventory(training: TorchTraining) -> Inventory:
     """
     module = training.module
     parameter_ids = {id(parameter) for parameter in module.parameters()}
-    values = {
-        str(leaf.path[1]): leaf.value for leaf in leaves.of_model(training) if leaf.is_tensor
-    }
+    values = {str(leaf.path[1]): leaf.value for leaf in leaves.of_model(training) if leaf.is_tensor}
     first_names: dict[int, str] = {}
     aliases: dict[str, str] = {}
     for name, value in values.items():
@@ -56,9 +54,7 @@ def inventory(training: TorchTraining) -> Inventory:
 
 
 @torch.no_grad()
-def pieces(
-    tensors: Mapping[str, torch.Tensor], rank: int, world: int
-) -> Iterator[PartitionPiece]:
+def pieces(tensors: Mapping[str, torch.Tensor], rank: int, world: int) -> Iterator[PartitionPiece]:
     """The elements that ``rank`` of ``world`` writes, where they lie; all ranks together
     write every element once.
 

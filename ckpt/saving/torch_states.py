@@ -36,6 +36,7 @@ from ckpt.state import rank_files
 from ckpt.state.plain_file import PlainFile
 from ckpt.state.state_file import StateFile
 from ckpt.torch_training import capture, description, leaves, model_tensors
+from ckpt.torch_training.capture import LeafForm, RankFile
 from ckpt.torch_training.measured import MeasuredTraining
 from converters.errors import CheckpointError
 from converters.storage import local
@@ -139,7 +140,7 @@ class TorchStates:
         commit.join = partial(_join, folder, None if part is None else part.forms, weights)
         return work
 
-    def _part(self, commit: Commit, exclude_frozen_parameters: bool) -> capture.RankFile:
+    def _part(self, commit: Commit, exclude_frozen_parameters: bool) -> RankFile:
         """The states that this rank writes."""
         state_leaves = leaves.of_training(self.training, commit.facts.step)
         if exclude_frozen_parameters:
@@ -200,7 +201,7 @@ class _TorchJob(Job):
 
 def _join(
     folder: Path,
-    forms: Sequence[capture.LeafForm] | None,
+    forms: Sequence[LeafForm] | None,
     weights: WeightsWriter | None,
     notes: Sequence[Any],
 ) -> dict[str, FileRecord]:

@@ -79,26 +79,28 @@ class RankGroup:
             self.heartbeat()
             yield step
             step.heard = self.wait(self.meeting(step.value, step.answer))
+        except ReportedFailure as failure:
+            # where it was waited is nobody's business
+            raise failure.with_traceback(None) from None
+        except Exception as error:
+            raise self.report_failure(error) from None
         except BaseException as error:
-            raise self._reported(error) from None
+            self._report_stop(error)
+            raise
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
         """A block that waits for nobody: where it fails, all hear of it at their next step."""
         try:
             yield
+        except Exception as error:
+            raise self.report_failure(error) from None
         except BaseException as error:
-            raise self._reported(error) from None
+            self._report_stop(error)
+            raise
 
-    def _reported(self, error: BaseException) -> BaseException:
-        """The error to raise for one of which all have been told."""
-        if isinstance(error, ReportedFailure):
-            return error.with_traceback(None)  # where it was waited is nobody's business
-        if isinstance(error, Exception):
-            return self.report_failure(error)
-
+    def _report_stop(self, error: BaseException) -> None:
         self.report_failure(CheckpointError(f"stopped by {type(error).__name__}", "output"))
-        return error
 
     def require_counted(self, trainer: str, process: int, count: int, remedy: str) -> None:
         """``CheckpointError`` where a trainer takes this rank for another one.

@@ -26,7 +26,7 @@ class PendingSave:
 
     def __init__(self, commit: Commit, work: RankWork):
         self.commit, self.work = commit, work
-        self.written: Future[None] | None = None
+        self.writing: Future[None] | None = None
         self.publish: Callable[[], object] | None = None  # what follows the commit on the disk
         self.is_over = False
         self.finishing = self._finishing()
@@ -44,22 +44,22 @@ class PendingSave:
         try:
             self.work.copy(memory)
         except Exception as error:
-            self.written = Future()
-            self.written.set_exception(self.commit.ranks.report_failure(error))
+            self.writing = Future()
+            self.writing.set_exception(self.commit.ranks.report_failure(error))
             return
 
         self.commit.pool = pool
-        self.written = pool.submit(self.write)
-        while not self.work.state_released.wait(0.05) and not self.written.done():
+        self.writing = pool.submit(self.write)
+        while not self.work.state_released.wait(0.05) and not self.writing.done():
             self.commit.ranks.heartbeat()
 
     def _finishing(self) -> Generator[dict[int, str], None, None]:
-        while self.written is not None and not self.written.done():
+        while self.writing is not None and not self.writing.done():
             self.commit.ranks.raise_if_failed()
             yield {}
 
-        if self.written is not None:
-            self.written.result()
+        if self.writing is not None:
+            self.writing.result()
         if not self.work.is_written:
             raise CheckpointError("its files were not written", "output")
 
@@ -93,8 +93,8 @@ class PendingSave:
     def stop(self) -> None:
         """Returns when the thread no longer writes;
         it notices a failure within a second."""
-        if self.written is not None:
-            self.written.exception()
+        if self.writing is not None:
+            self.writing.exception()
 
     def _fail(self, error: BaseException) -> BaseException:
         self.is_over = True

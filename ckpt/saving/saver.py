@@ -229,7 +229,6 @@ class Saver:
         if self.kind is not None:
             with commit.ranks.step():
                 weights = self._weights(commit.ranks)
-
         states = (weights, client_state, extra, self.tokenizer)
         return self.training.capture(commit, *states, self.exclude_frozen_parameters)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any
 
 import torch
 
@@ -18,7 +17,7 @@ from ckpt.engine.partitions import PartitionPiece
 from ckpt.torch_training import leaves
 from ckpt.torch_training.boxes import LocalBox, Owners, Shape
 from ckpt.torch_training.training import TorchTraining
-from converters import quantized
+from converters import quantized, words
 from converters.errors import CheckpointError
 from converters.tensors import Weights
 
@@ -70,11 +69,11 @@ def pieces(tensors: Mapping[str, torch.Tensor], rank: int, world: int) -> Iterat
 
 def _first_element(name: str, box: LocalBox, shape: Shape) -> int:
     """The number of a box's first element in the tensor, whose elements follow it there."""
-    is_cut: Any = [size != whole for size, whole in zip(box.sizes, shape, strict=True)]
+    is_cut = [size != length for size, length in zip(box.sizes, shape, strict=True)]
     if any(is_cut[axis] and prod(box.sizes[:axis]) != 1 for axis in range(len(shape))):
         raise CheckpointError(
-            f"{name} is not cut by rows (its ranks have boxes of {list(box.sizes)} of "
-            f"{list(shape)}), so that ranks do not write a model together; pass weights=None, and "
+            f"{name} is not cut by rows (a rank has {words.shape(box.sizes)} of "
+            f"{words.shape(shape)}), so that ranks do not write a model together; pass weights=None, and "
             "ckpt to-fp32 makes a model of the checkpoint",
             "unsupported",
         )

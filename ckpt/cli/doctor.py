@@ -61,8 +61,9 @@ def doctor(
     With --fix pointers are rewritten, leftovers of saves, conversions and deletions
     that nobody works on are removed, and folders that no resume could read are renamed
     to .NAME.torn. Exit code 1 if anything is left to put right. Checkpoints that are
-    complete need nothing: --adopt reads every byte of those that DeepSpeed wrote, of a
-    run or one, and commits them. Its exit code is 1 if one is not complete.
+    complete need nothing: --adopt reads every byte of those that DeepSpeed, the Trainer,
+    Accelerate or torch wrote, of a run or one, and commits them. Its exit code is 1 if
+    one is not complete.
 
     A checkpoint that was copied or downloaded in parts can look like a save over an older
     one that was interrupted. Where its values cannot tell, it counts as incomplete until
@@ -258,7 +259,9 @@ def _unproven(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
         f"ckpt: {outcome.folder}: {size(nbytes)} had no checksum and {were} taken as they are "
         f"({some(entry.name for entry in largest)})"
     )
-    if any(is_weights(entry.name) for entry in largest):
+    proof = outcome.status.proof
+    has_states_to_compare = proof is not None and proof.tag is not None
+    if has_states_to_compare and any(is_weights(entry.name) for entry in largest):
         line += (
             "; of the weights a sample is compared with the states at most: ckpt verify --data "
             "compares all"
@@ -282,12 +285,15 @@ def _without_latest(path: Path, outcomes: Sequence[AdoptionOutcome]) -> list[str
     from ckpt.runs.states import listing
     from converters.words import shell_word
 
-    adopted_folders = [outcome.folder for outcome in outcomes if outcome.adopted]
-    is_accelerates = all(map(is_named_by_accelerate, adopted_folders))
+    adopted = [outcome for outcome in outcomes if outcome.adopted]
+    is_accelerates = all(is_named_by_accelerate(outcome.folder) for outcome in adopted)
     if is_accelerates or listing.is_single(path) or Run(path).target("latest") is not None:
         return []
+    proofs = [outcome.status.proof for outcome in adopted]
+    is_deepspeeds = any(proof is not None and proof.tag is not None for proof in proofs)
+    reader = "DeepSpeed finds" if is_deepspeeds else "ckpt to-fp32 and others find"
     return [
-        f"ckpt: {path} has no file latest, by which DeepSpeed finds the newest one; "
+        f"ckpt: {path} has no file latest, by which {reader} the newest one; "
         f"ckpt doctor {shell_word(path)} --fix writes it"
     ]
 

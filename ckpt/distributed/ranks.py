@@ -22,7 +22,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from typing import TypeVar
@@ -82,15 +82,29 @@ class RankGroup:
         try:
             self.heartbeat()
             yield step
-            step.heard = self.wait(self.meeting(step.value))
+            step.heard = self.wait(self.meeting(step.value, step.answer))
         except ReportedFailure as failure:
             # where it was waited is nobody's business
             raise failure.with_traceback(None) from None
         except Exception as error:
             raise self.report_failure(error) from None
         except BaseException as error:
-            self.report_failure(CheckpointError(f"stopped by {type(error).__name__}", "output"))
+            self._report_stop(error)
             raise
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """A block that waits for nobody: where it fails, all hear of it at their next step."""
+        try:
+            yield
+        except Exception as error:
+            raise self.report_failure(error) from None
+        except BaseException as error:
+            self._report_stop(error)
+            raise
+
+    def _report_stop(self, error: BaseException) -> None:
+        self.report_failure(CheckpointError(f"stopped by {type(error).__name__}", "output"))
 
     def require_counted(self, trainer: str, process: int, count: int, remedy: str) -> None:
         """``CheckpointError`` where a trainer takes this rank for another one.
@@ -194,12 +208,12 @@ class RankGroup:
 
         return ReportedFailure(f"{self.what} failed on {message}", kind)
 
-    def meeting(self, value: Json) -> Meeting:
+    def meeting(self, value: Json, answer: Callable[[list[Json]], Json] | None = None) -> Meeting:
         """The end of a step,
         in pieces: yields the keys it waits for as long as it waits.
 
         Whoever cannot wait takes one ``next`` now and then; ``wait`` goes through to
-        the end.
+        the end. ``answer`` as in ``Step``.
         """
         step_number = next(self.steps)
         release_key = f"{self.call}/{step_number}/go"
@@ -211,11 +225,15 @@ class RankGroup:
         keys = {rank: f"{self.call}/{step_number}/{rank}" for rank in range(1, self.world)}
         yield from self._until(keys)
         values = [value, *(json.loads(self.store.get(key)) for key in keys.values())]
+        self.raise_if_failed()  # one that came long ago may have given up waiting
+        if answer is not None:
+            values[0] = answer(values)
+        self.store.set(release_key, json.dumps(values[0]))
+
         read_keys = [*keys.values(), *([self.last_release] if self.last_release else [])]
         for key in read_keys:
             self.store.delete_key(key)  # all have read it, or they would not be here
         self.last_release = release_key
-        self.store.set(release_key, json.dumps(value))
 
         return values
 
@@ -226,7 +244,7 @@ class RankGroup:
 
     def wait(self, meeting: Generator[dict[int, str], None, T]) -> T:
         """Goes through a meeting; raises if a rank failed or shows no life."""
-        pause, last_look = 0.001, 0.0
+        pause, last_look = 0.001, time.monotonic()
         signs_of_life: dict[int, tuple[bytes, float]] = {}
         try:
             while True:

@@ -7,6 +7,7 @@ where there are many.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,12 @@ Json = Any
 @dataclass(slots=True)
 class Step:
     """``value`` is what this rank brings,
-    ``heard`` what it got: rank 0 all values, others its."""
+    ``heard`` what it got: rank 0 all values, others its.
+
+    With ``answer`` all ranks hear, in place of rank 0's value, what it makes of all
+    values, on rank 0. What it raises fails the step.
+    """
 
     value: Json = None
     heard: list[Json] = field(default_factory=list)
+    answer: Callable[[list[Json]], Json] | None = None

@@ -194,7 +194,7 @@ def _agreed(
         parts, ties = part_names(parts, ties)
     model = whole.agreed(ranks, list(parts.values()), ties)
     tensors = {
-        name: _tensor_ref(name, TORCH[tensor.dtype], tensor.placing.shape)
+        name: tensor_ref(name, TORCH[tensor.dtype], tensor.placing.shape)
         for name, tensor in model.tensors.items()
     }
     weights = Weights(
@@ -229,9 +229,9 @@ def _refs(
     refs: dict[str, TensorRef] = {}
     for name, parameter in parameters.items():
         shape = shapes.get(id(parameter), parameter.shape)
-        refs[name] = _tensor_ref(name, parameter.dtype, shape)
+        refs[name] = tensor_ref(name, parameter.dtype, shape)
     for name, buffer in buffers.items():
-        refs[name] = _tensor_ref(name, buffer.dtype, buffer.shape)
+        refs[name] = tensor_ref(name, buffer.dtype, buffer.shape)
     return refs
 
 
@@ -311,7 +311,8 @@ def _shapes(engine: EngineView) -> dict[int, Sequence[int]]:
     return shapes
 
 
-def _tensor_ref(name: str, torch_dtype: torch.dtype, shape: Sequence[int]) -> TensorRef:
+def tensor_ref(name: str, torch_dtype: torch.dtype, shape: Sequence[int]) -> TensorRef:
+    """A tensor in memory; ``CheckpointError`` for an element type that is not written."""
     if torch_dtype not in DTYPES:
         raise CheckpointError(
             f"{name} is of type {torch_dtype}, which is not written", "unsupported"

@@ -16,7 +16,7 @@ import torch
 from ckpt.distributed.chunks import Chunk, Wire
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine import view
-from ckpt.engine.inventory import TORCH, Inventory, config_of, inventory
+from ckpt.engine.inventory import TORCH, Inventory, PartNames, config_of, inventory
 from ckpt.engine.partitions import (
     PartitionPiece,
     masters,
@@ -115,7 +115,7 @@ class Job:
         part_names = None
         if config_dict is not None:
             part_names = partial(stacked_experts.of_model, module, config_dict)
-        model_inventory = inventory(self.engine, self.wishes, ranks, part_names)
+        model_inventory = self.inventory(ranks, part_names)
 
         spared_names = ties.spared(model_inventory.written, None, config_dict)
         written_weights = ties.without_spared(model_inventory.written, spared_names)
@@ -124,6 +124,10 @@ class Job:
         max_shard_bytes = shard_bytes(max_shard_size, "output")
         plan = safetensors.plan(written_weights, self.dtype, max_shard_bytes, "keep")
         return model_inventory, plan, tied_mode
+
+    def inventory(self, ranks: RankGroup, part_names: PartNames | None) -> Inventory:
+        """The model's tensors; every rank calls it."""
+        return inventory(self.engine, self.wishes, ranks, part_names)
 
     def write(
         self,

@@ -103,7 +103,7 @@ def own_state(request: ResumeRequest, source: ResumePoint) -> RankState:
 
     state = RankState.read(source, ranks.rank)
     losses = state.lost(request.extra)
-    if remark is not None:
+    if remark is not None or not source.saved_by_ckpt:  # the trainer has files of its own
         losses = [line for line in losses if line != NO_RANDOM_STATES]
     if losses and request.on_mismatch == "error" and remark is None:
         raise CheckpointError(f"{source.folder}: {losses[0]}", "incomplete")

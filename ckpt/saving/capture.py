@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ckpt.saving.engines import Engines, in_folders
 from ckpt.saving.model_weights import WeightsWriter
 from ckpt.saving.rank_work import RankWork
 from ckpt.state import rank_files
+from ckpt.state.state_file import StateFile
 from ckpt.state.torch_file import Captured
 from converters.storage import local
 
@@ -35,21 +37,21 @@ def capture(
     if one fails, or if the disk is too small for what all of them are about to write.
     """
     ranks, folder, tag = commit.ranks, commit.folder, commit.facts.tag
-    with ranks.step() as sizes, local.naming_path(folder):
-        states = []
+    weight_bytes = 0 if weights is None else weights.nbytes
+    with ranks.step() as step, local.naming_path(folder):
+        states: list[tuple[Path, StateFile]] = []
         if tag is not None:
             options = {}
             if exclude_frozen_parameters:
                 options["exclude_frozen_parameters"] = True
-            states = _capture_states(engines, folder, tag, client_state, options)
-            commit.files |= rank_files.write(folder, ranks.rank, extra)
+            states += _capture_states(engines, folder, tag, client_state, options)
+            states += rank_files.capture(folder, ranks.rank, extra)
 
         work = RankWork(folder, states, weights)
         work.heartbeat = lambda: ranks.heartbeat(raise_failures=True)
-        sizes.value = [commit.nodes.folder, work.nbytes]
+        step.value = preflight.room_report(commit.nodes, folder, work.nbytes)
+        step.answer = partial(preflight.require_room, weight_bytes=weight_bytes)
 
-    weight_bytes = 0 if weights is None else weights.nbytes
-    preflight.require_room(ranks, commit.nodes, folder, sizes.heard, weight_bytes)
     with ranks.step(), local.naming_path(folder):
         if not ranks.rank:
             write_all_companions(engines, folder, weights, tokenizer)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,9 +173,9 @@ class RunFolder:
         ``measure`` gives the bytes of this rank's state files; ``weight_bytes`` are
         those of the model that all write together.
         """
-        with ranks.step() as sizes:
-            sizes.value = [self.nodes.folder, measure()]
-        preflight.require_room(ranks, self.nodes, folder, sizes.heard, weight_bytes)
+        with ranks.step() as step:
+            step.value = preflight.room_report(self.nodes, folder, measure())
+            step.answer = partial(preflight.require_room, weight_bytes=weight_bytes)
 
     def uncommit(
         self, ranks: RankGroup, name: str, line: Line, retention: Retention | None

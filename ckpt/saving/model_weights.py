@@ -29,21 +29,25 @@ from converters.tensors import DType
 KINDS = {"bf16": DType.BF16, "fp16": DType.F16, "fp32": DType.F32}
 
 
+def dtype_of(kind: str) -> DType:
+    """The type that ``weights=kind`` asks for; ``CheckpointError`` for one that is not written."""
+    kind = known_dtype(kind) or kind
+    if kind not in KINDS:
+        raise CheckpointError(
+            f"weights={kind!r}, expected bf16, fp16, fp32 or None",
+            "output",
+        )
+    return KINDS[kind]
+
+
 class WeightsWriter:
     """The weights of ``engine`` as ``kind``: bf16 or fp16 of what the model computes
     with, or the optimizer's fp32. ``nbytes`` is what all ranks together write."""
 
     def __init__(self, engine: EngineView, kind: str, max_shard_size: str | int, ranks: RankGroup):
-        kind = known_dtype(kind) or kind
-        if kind not in KINDS:
-            raise CheckpointError(
-                f"weights={kind!r}, expected bf16, fp16, fp32 or None",
-                "output",
-            )
-
-        computed = kind != "fp32"
+        dtype = dtype_of(kind)
+        computed = dtype is not DType.F32
         self.engine, self.ranks = engine, ranks
-        dtype = KINDS[kind]
         self.job = Job(engine, "save", dtype, computed, not computed, ranks.timeout)
         self.peft = hasattr(engine.module, "peft_config")
 

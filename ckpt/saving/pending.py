@@ -3,10 +3,11 @@ or behind the training's back."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Executor, Future
 
 from ckpt.saving.commit.commit import Commit
+from ckpt.saving.host_copies import HostCopies
 from ckpt.saving.rank_work import RankWork
 from converters.errors import CheckpointError
 
@@ -25,40 +26,53 @@ class PendingSave:
 
     def __init__(self, commit: Commit, work: RankWork):
         self.commit, self.work = commit, work
-        self.written: Future[None] | None = None
+        self.writing: Future[None] | None = None
+        self.publish: Callable[[], object] | None = None  # what follows the commit on the disk
         self.is_over = False
         self.finishing = self._finishing()
 
     def write(self) -> None:
         """Writes this rank's files, now; they are on disk when it returns."""
         self.work.write()
-        self.commit.settle()
 
-    def start(self, pool: Executor) -> None:
-        """Has them written by another thread;
-        returns when the trainer may change its state."""
-        self.written = pool.submit(self.write)
-        while not self.work.state_released.wait(0.05) and not self.written.done():
+    def start(self, memory: HostCopies, pool: Executor) -> None:
+        """Copies what ``memory`` has room for, and has the files written by another thread;
+        returns when the trainer may change its state.
+
+        What fails is raised as the other ranks hear of it: in ``advance`` or ``finish``.
+        """
+        try:
+            self.work.copy(memory)
+        except Exception as error:
+            self.writing = Future()
+            self.writing.set_exception(self.commit.ranks.report_failure(error))
+            return
+
+        self.commit.pool = pool
+        self.writing = pool.submit(self.write)
+        while not self.work.state_released.wait(0.05) and not self.writing.done():
             self.commit.ranks.heartbeat()
 
     def _finishing(self) -> Generator[dict[int, str], None, None]:
-        while self.written is not None and not self.written.done():
+        while self.writing is not None and not self.writing.done():
             self.commit.ranks.raise_if_failed()
             yield {}
 
-        if self.written is not None:
-            self.written.result()
+        if self.writing is not None:
+            self.writing.result()
         if not self.work.is_written:
             raise CheckpointError("its files were not written", "output")
 
         self.commit.files |= self.work.files
-        self.commit.note = self.work.report if self.work.notes is None else self.work.notes
+        self.commit.note = self.work.note
         yield from self.commit.finishing()
+        if self.publish is not None:
+            yield from self.commit.apart(self.publish)
 
     def finish(self, timeout: float | None = None) -> None:
         """Waits for the commit.
         ``CheckpointError`` on every rank if one fails or is absent."""
-        ranks = self.commit.ranks
+        ranks, self.commit.pool = self.commit.ranks, None
         ranks.timeout = timeout or ranks.timeout
         try:
             ranks.wait(self.finishing)
@@ -79,8 +93,8 @@ class PendingSave:
     def stop(self) -> None:
         """Returns when the thread no longer writes;
         it notices a failure within a second."""
-        if self.written is not None:
-            self.written.exception()
+        if self.writing is not None:
+            self.writing.exception()
 
     def _fail(self, error: BaseException) -> BaseException:
         self.is_over = True

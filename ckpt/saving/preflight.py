@@ -81,7 +81,7 @@ def check(ranks: RankGroup, nodes: Nodes, run: Path, contents: SaveContents) -> 
             _try_to_reserve(trial, rank_bytes)
             reports.value = [nodes.folder, rank_bytes, trial.name, place.part]
 
-        with ranks.step():
+        with ranks.step() as totals:
             other_trials = [
                 (rank, name, size)
                 for rank, (folder, _, name, size) in enumerate(reports.heard)
@@ -89,6 +89,7 @@ def check(ranks: RankGroup, nodes: Nodes, run: Path, contents: SaveContents) -> 
             ]
             if not ranks.rank:
                 filesystem_trials.require_seen(run, other_trials)
+                totals.value = _bytes_by_folder(reports.heard, contents.weight_bytes)
 
     if nodes.commits:
         for lack in place.lacks():
@@ -101,7 +102,7 @@ def check(ranks: RankGroup, nodes: Nodes, run: Path, contents: SaveContents) -> 
                 run,
             )
 
-    save_bytes = folder_bytes(ranks, nodes, reports.heard, contents.weight_bytes)
+    save_bytes = int(totals.heard[0][nodes.folder])
     with ranks.step():
         if nodes.commits:
             _require_pointers(run, contents.retention)
@@ -139,38 +140,34 @@ def _companion_bytes(trial: Path, rank: int, contents: SaveContents) -> int:
     return nbytes
 
 
-def require_room(
-    ranks: RankGroup, nodes: Nodes, folder: Path, reports: list[Any], weight_bytes: int
-) -> None:
-    """Raises on every rank unless the disk has room for what all are about to write.
+def room_report(nodes: Nodes, folder: Path, nbytes: int) -> list[Any]:
+    """A rank's words for ``require_room``: it writes so many bytes of states into ``folder``."""
+    place = [str(folder.parent), local.free_space(folder)] if nodes.commits else None
+    return [nodes.folder, nbytes, place]
 
-    ``reports`` on rank 0: every rank's folder and bytes of states.
+
+def require_room(reports: list[Any], weight_bytes: int) -> None:
+    """``CheckpointError``, on rank 0, unless the disks have room for what all ranks write.
+
+    ``reports``: the ``room_report`` of every rank.
     """
-    save_bytes = folder_bytes(ranks, nodes, reports, weight_bytes)
-    with ranks.step():
-        free_bytes = local.free_space(folder)
-        if nodes.commits and save_bytes > free_bytes:
+    save_bytes = _bytes_by_folder(reports, weight_bytes)
+    for number, _, place in reports:
+        if place is not None and save_bytes[number] > place[1]:
             raise CheckpointError(
-                f"{folder.parent} has {free_bytes:,} bytes free, this checkpoint "
-                f"takes {save_bytes:,}; make room, or keep fewer",
+                f"{place[0]} has {place[1]:,} bytes free, this checkpoint "
+                f"takes {save_bytes[number]:,}; make room, or keep fewer",
                 "output",
             )
 
 
-def folder_bytes(
-    ranks: RankGroup,
-    nodes: Nodes,
-    reports: list[Any],
-    weight_bytes: int,
-) -> int:
-    """Bytes that all ranks of this rank's folder write."""
-    with ranks.step() as totals:
-        folder_bytes = [0] * nodes.parts
-        for folder, rank_bytes, *_ in reports if not ranks.rank else ():
-            folder_bytes[folder] += rank_bytes
-        folder_bytes[0] += weight_bytes
-        totals.value = folder_bytes
-    return int(totals.heard[0][nodes.folder])
+def _bytes_by_folder(reports: list[Any], weight_bytes: int) -> list[int]:
+    """Bytes that all ranks together write, by the number of the folder."""
+    folder_bytes = [0] * (1 + max(number for number, *_ in reports))
+    for number, rank_bytes, *_ in reports:
+        folder_bytes[number] += rank_bytes
+    folder_bytes[0] += weight_bytes
+    return folder_bytes
 
 
 def min_checkpoints(retention: Retention | None) -> int:

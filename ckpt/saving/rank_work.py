@@ -45,6 +45,11 @@ class RankWork:
         self.uncopied_bytes = 0
 
     @property
+    def note(self) -> Any:
+        """The words that rank 0 hears: of the weights or, with ``notes``, of states and weights."""
+        return self.report if self.notes is None else [self.notes, self.report]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of this rank's state files."""
         return sum(state.size(path) for path, state in self.states)

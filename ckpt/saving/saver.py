@@ -186,7 +186,7 @@ class Saver:
         self.wait()
         self.save_began_at = time.monotonic()
         ranks = RankGroup("save", self.timeout)
-        with ranks.step():
+        with ranks.reporting():
             if self.closed:
                 raise CheckpointError("this Saver is closed; make another one", "output")
             tiers.require_tier(tier, self.kind)
@@ -200,12 +200,12 @@ class Saver:
             commit.begin()
             work = self._capture(commit, client_state or {}, extra)
             flight = PendingSave(commit, work)
-
-            with ranks.step():
-                if self.background:
-                    work.copy(self.memory)
-                    flight.start(self.pool)
-                else:
+            if self.nodes.commits:
+                flight.publish = partial(update_pointers, self.run, self.retention, commit.line)
+            if self.background:
+                flight.start(self.memory, self.pool)
+            else:
+                with ranks.reporting():
                     flight.write()
         except BaseException:
             if flight is not None:
@@ -225,9 +225,10 @@ class Saver:
         self, commit: Commit, client_state: Mapping[str, Any], extra: Mapping[str, Any] | None
     ) -> RankWork:
         """This rank's part of a save; ``CheckpointError`` on every rank if one fails."""
-        with commit.ranks.step():
-            weights = self._weights(commit.ranks)
-
+        weights = None
+        if self.kind is not None:
+            with commit.ranks.step():
+                weights = self._weights(commit.ranks)
         states = (weights, client_state, extra, self.tokenizer)
         return self.training.capture(commit, *states, self.exclude_frozen_parameters)
 
@@ -262,7 +263,6 @@ class Saver:
         if facts.tier == "full":
             self.took = time.monotonic() - self.save_began_at
         if self.nodes.commits:
-            update_pointers(self.run, self.retention, flight.commit.line)
             self.pushes.offer(facts.tier, facts.step, flight.commit.final)
             pool = self.pool if self.background and not self.closed else None
             pruning = (self.retention, flight.commit.final, flight.commit.line)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.runs.manifest import FileRecord
-from ckpt.state import plain, rng
+from ckpt.state import rng
+from ckpt.state.plain_file import PlainFile
 from converters.errors import CheckpointError
 from converters.words import with_article
 
@@ -47,10 +48,18 @@ def write(folder: Path, rank: int, extra: Mapping[str, Any] | None) -> dict[str,
 
     ``CheckpointError`` names what is not a plain state.
     """
-    files = {}
+    files = capture(folder, rank, extra)
+    return {path.name: file.write(path) for path, file in files}
+
+
+def capture(
+    folder: Path, rank: int, extra: Mapping[str, Any] | None
+) -> list[tuple[Path, PlainFile]]:
+    """This rank's files, captured now and not yet written, each with its path.
+
+    ``CheckpointError`` names what is not a plain state.
+    """
     states = {rng.NAME.format(rank): rng.capture()}
     if extra:
         states[EXTRA.format(rank)] = state_of(extra)
-    for name, state in states.items():
-        files[name] = plain.write(folder / name, state)
-    return files
+    return [(folder / name, PlainFile(state, str(folder / name))) for name, state in states.items()]

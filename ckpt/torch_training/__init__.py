@@ -7,5 +7,6 @@ leaves      its state dict, as torch's ``get_state_dict`` makes it
 boxes       which part of a tensor this rank has, and which rank writes it
 capture     this rank's part of a save, taken down
 description  ``.metadata`` from what all ranks say of theirs
+model_tensors  the model's tensors as the live export takes an engine's
 loading     a checkpoint into the training, by byte ranges, on any number of ranks
 """

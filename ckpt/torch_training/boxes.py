@@ -37,26 +37,34 @@ def is_distributed(value: torch.Tensor) -> bool:
     return hasattr(value, "device_mesh") and hasattr(value, "placements")
 
 
-def local_box(name: str, value: torch.Tensor) -> LocalBox:
-    """All that this rank has of a tensor; ``CheckpointError`` for one of unknown form."""
+def local_box(name: str, value: Any, offsets: Shape | None = None) -> LocalBox:
+    """All that this rank has of a tensor, with these ``offsets`` where they are known.
+
+    ``CheckpointError`` for a tensor of unknown form.
+    """
     if not is_distributed(value):
         return LocalBox((0,) * value.dim(), tuple(value.shape), _plain(name, value.detach()))
 
-    tensor: Any = value.detach()
+    local_values = _plain(name, value.to_local().detach())
+    offsets = _offsets(name, value) if offsets is None else offsets
+    return LocalBox(offsets, tuple(local_values.shape), local_values)
+
+
+def _offsets(name: str, tensor: Any) -> Shape:
+    """The first element that this rank has of a DTensor, on each axis."""
     if any(placement.is_partial() for placement in tensor.placements):
         raise CheckpointError(
             f"{name} is a sum that its ranks have not added up (Partial); save between two steps",
             "output",
         )
     chunks = tensor.__create_chunk_list__()
-    local_values = _plain(name, tensor.to_local())
     if len(chunks) != 1:
         raise CheckpointError(
             f"{name} lies in {len(chunks)} pieces on one rank, which ckpt.Saver does not save; "
             "shard it with fully_shard alone",
             "unsupported",
         )
-    return LocalBox(tuple(chunks[0].offsets), tuple(local_values.shape), local_values)
+    return tuple(chunks[0].offsets)
 
 
 def _plain(name: str, values: torch.Tensor) -> torch.Tensor:
@@ -75,10 +83,11 @@ class Owners:
     def __init__(self, rank: int, world: int):
         self.rank, self.world = rank, world
         self.replica_bytes: dict[int, list[int]] = {}  # by their number, what each writes so far
+        self.offsets: dict[Any, Shape] = {}  # of DTensors, by what says it of all alike
 
     def boxes(self, name: str, value: torch.Tensor, small: int) -> Iterator[LocalBox]:
         """The boxes of a tensor that this rank writes; those of ``small`` bytes rank 0."""
-        box = local_box(name, value)
+        box = self._local_box(name, value)
         if is_distributed(value):
             if self._is_mine(value) and (box.values.numel() or not value.numel()):
                 yield box
@@ -92,6 +101,15 @@ class Owners:
                 yield box
         else:
             yield from self._rows(box)
+
+    def _local_box(self, name: str, value: Any) -> LocalBox:
+        """``local_box``; torch is asked for the offsets once for all tensors alike."""
+        if not is_distributed(value):
+            return local_box(name, value)
+        key = (id(value.device_mesh), value.placements, value.shape)
+        box = local_box(name, value, self.offsets.get(key))
+        self.offsets[key] = box.offsets
+        return box
 
     def _is_mine(self, value: Any) -> bool:
         """Whether, of the ranks that have the same part, this one writes it."""

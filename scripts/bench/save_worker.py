@@ -131,7 +131,7 @@ def settle(folder: Path) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)  # a saver may have made its lease again
         os.sync()
     dist.barrier()
 

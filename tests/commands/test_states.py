@@ -31,6 +31,7 @@ from stock_checkpoints import (
 )
 
 import ckpt
+from ckpt.runs import manifest
 from ckpt.runs.foreign import liveness
 from ckpt.runs.run import Run
 from ckpt.runs.states import checksums, listing
@@ -456,14 +457,15 @@ def test_what_cannot_be_adopted_is_a_note_and_no_failure(
     stock(tmp_path, 8)
     run("doctor", tmp_path, "--adopt", "--dry-run")
     said = capsys.readouterr()
-    adoptable = (tmp_path / "checkpoint-6", tmp_path / "checkpoint-8")
-    assert said.out == "".join(f"would adopt\t{path}\n" for path in adoptable)
-    note, _, unproven = said.err.splitlines()
-    assert "checkpoint-2, step=4.ckpt are complete, written by Lightning, the Trainer" in note
-    assert "they are not of a kind that is committed, so that ckpt doctor --adopt" in note
+    adoptable = [str(tmp_path / f"checkpoint-{step}") for step in (2, 6, 8)]
+    assert sorted(said.out.splitlines()) == [f"would adopt\t{path}" for path in adoptable]
+    note, *_, unproven = said.err.splitlines()
+    assert "step=4.ckpt is complete, written by Lightning; " in note
+    assert "it is not of a kind that is committed, so that ckpt doctor --adopt" in note
     assert "had no checksum and would be taken as they are (model.safetensors, " in unproven
     entries = printed("doctor", tmp_path, "--adopt", "--dry-run")["checkpoints"]
-    assert [entry["adopted"] for entry in entries] == [True, False, False, True]
+    skipped = [entry["path"] for entry in entries if not entry["adopted"]]
+    assert skipped == [str(tmp_path / "step=4.ckpt")]
     assert {entry["state"] for entry in entries} == {"complete"}
 
     (tmp_path / "checkpoint-8/latest").unlink()
@@ -643,18 +645,41 @@ def test_a_sample_is_a_part_of_the_bytes(tmp_path: Path) -> None:
 def test_advice_on_two_trainings_is_what_helps_and_is_quoted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No manifest is for DDP's; of DeepSpeed's, the command works as it is typed."""
+    """No manifest is for Lightning's; of others, the command works as it is typed."""
     logs = [[{"loss": loss, "step": 2}] for loss in (1.0, 2.0)]
     run_folder = tmp_path / "my run"
     for step, log in zip((2, 4), logs, strict=True):
         trainers(run_folder / f"checkpoint-{step}", step, log=log)
     run("doctor", run_folder)
-    remark = capsys.readouterr().err
-    assert "move those of one training into a folder of their own" in remark
-    assert f"ckpt doctor '{run_folder}' --adopt" not in remark
-    stock(run_folder, 6, logs[1])
-    run("doctor", run_folder)
     assert f"ckpt doctor '{run_folder}' --adopt keeps them apart" in capsys.readouterr().err
+    run("doctor", run_folder, "--adopt")
+    runs = {checkpoint.manifest.run for checkpoint in Run(run_folder).checkpoints()}
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("write", [trainers, sharded, accelerates])
+def test_what_was_saved_without_deepspeed_is_adopted(
+    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With all of its files, so that one that is lost or changed is named."""
+    folder = tmp_path / "checkpoint-3"
+    write(folder, *([3] if write is not accelerates else []))
+    run("doctor", folder, "--adopt", "--now")
+    adopted = manifest.read(folder)
+    assert (adopted.step, adopted.tag, adopted.world_size, adopted.stage) == (3, None, 2, None)
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert adopted.files.keys() == present - {"manifest.json"}
+    assert ckpt.find(tmp_path) == str(folder)
+    run("verify", folder, "--data")
+    next(folder.glob("*optimizer*/.metadata" if write is sharded else "optimizer.*")).unlink()
+    run("verify", folder, code=1)
+
+
+def test_a_distributed_checkpoint_is_adopted_with_the_step_of_its_name(tmp_path: Path) -> None:
+    dcp(tmp_path / "step-7")
+    run("doctor", tmp_path, "--adopt", "--now")
+    adopted = manifest.read(tmp_path / "step-7")
+    assert adopted.step == 7 and {*adopted.files} == {".metadata", "__0_0.distcp"}
 
 
 def test_show_has_the_state_of_every_trainer_and_the_file_that_is_missing(

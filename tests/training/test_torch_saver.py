@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from oracles import ROOT, torchrun
 from safetensors.torch import load_file
 
 import ckpt
-from ckpt.runs.run import Run
+from ckpt.runs.run import Run, open_checkpoint
 from ckpt.runs.verify import verify
 
 WORKER = "tests/workers/torch_worker.py"
@@ -63,7 +64,7 @@ def _require_refusals(lines: list[str]) -> None:
         "is in param group 0 of this optimizer, and was saved in another",
         "scheduler: LambdaLR saved, none now",
         "extra sampler was saved, but was not passed",
-        "weights='bf16' is for trainings with DeepSpeed",
+        "weights='int8', expected bf16, fp16, fp32 or None",
         "no run was given",
         "neither an engine nor a model was given",
     )
@@ -80,6 +81,7 @@ def test_commands_know_such_a_run(mode: str, runs: Path, tmp_path: Path) -> None
     verification = verify(checkpoint, data=True)
     assert verification.whole and len(verification.proven) == 2, verification
 
+    _require_model(runs / mode, load_file(runs / f"{mode}.safetensors"))
     ckpt.to_fp32(runs / mode / "checkpoint-2", tmp_path / "model")
     weights, held = (
         load_file(tmp_path / "model/model.safetensors"),
@@ -87,6 +89,22 @@ def test_commands_know_such_a_run(mode: str, runs: Path, tmp_path: Path) -> None
     )
     for name, value in weights.items():
         assert value.equal(held[f"model/{name}"]), name
+
+
+def _require_model(run: Path, held: dict[str, torch.Tensor]) -> None:
+    """The model beside the states has the training's weights, rounded once."""
+    weights = load_file(run / "checkpoint-2/model.safetensors")
+    names = {name.removeprefix("model/") for name in held if name.startswith("model/")}
+    assert {*weights} | {"head.weight"} == names | {"head.weight"}  # a tied one may be left out
+    for name, value in weights.items():
+        expected = held[f"model/{name}"]
+        assert value.equal(expected.bfloat16() if expected.is_floating_point() else expected), name
+
+    assert sorted(path.name for path in (run / "weights-3").iterdir()) == [
+        "manifest.json",
+        "model.safetensors",
+    ]
+    assert verify(open_checkpoint(run / "weights-3"), data=True).whole
 
 
 def test_the_script_of_the_docs_runs_and_goes_on(tmp_path: Path) -> None:

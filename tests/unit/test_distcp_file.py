@@ -10,10 +10,13 @@ import pytest
 from heavy_libraries import LateModule
 
 from ckpt.runs.digests import unlike
+from converters.errors import CheckpointError
 from converters.torch_files.zip_headers import ALIGNMENT
 
 torch: Any = LateModule("torch")
 distcp_file: Any = LateModule("ckpt.state.distcp_file")
+boxes: Any = LateModule("ckpt.torch_training.boxes")
+model_tensors: Any = LateModule("ckpt.torch_training.model_tensors")
 
 
 def tensors() -> list[Any]:
@@ -71,3 +74,20 @@ def test_a_copy_is_written_in_place_of_what_the_training_changes(tmp_path: Path)
     loaded = torch.load(io.BytesIO(data[span.offset :]), weights_only=True)
     assert torch.equal(loaded, torch.arange(1000.0))
     assert file.end_of_storage(tmp_path / "file", 0) < len(data)
+
+
+def test_ranks_write_every_element_of_a_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tensors are shared by rows; what is not cut by rows is refused."""
+    weights = {"large": torch.arange(601 * 1000.0).reshape(601, 1000), "small": torch.ones(3)}
+    written = {name: torch.zeros(value.numel()) for name, value in weights.items()}
+    for rank in range(3):
+        for piece in model_tensors.pieces(weights, rank, 3):
+            target = written[piece.name][piece.start : piece.start + piece.values.numel()]
+            target += piece.values + 1
+    for name, value in weights.items():
+        assert torch.equal(written[name], value.reshape(-1) + 1), name
+
+    columns = boxes.LocalBox((0, 2), (601, 2), weights["large"][:, 2:4])
+    monkeypatch.setattr("ckpt.torch_training.boxes.Owners.boxes", lambda *_: [columns])
+    with pytest.raises(CheckpointError, match="large is not cut by rows"):
+        list(model_tensors.pieces(weights, 0, 1))

@@ -147,14 +147,15 @@ def save(mode: str, out: str, truth: str) -> None:
 
     training = Training(mode)
     extra = {"sampler": Sampler(10 + _rank())}
-    saver = ckpt.Saver(**training.parts, run=out, background=True)
+    saver = ckpt.Saver(**training.parts, run=out, background=True, weights="bf16")
     losses = training.train(1, 2)
     held = training.state()
     saver.save(2, {"eval_loss": 1.5}, {"epoch": 7}, extra)
-    losses += training.train(3, 3)
+    losses += training.train(3, 3)  # what is written meanwhile is that of step 2
     while saver.flight is not None:  # committed by step alone
         saver.step(3)
         time.sleep(0.01)
+    saver.save(3, tier="weights")
     losses += training.train(4, 4)
     saver.save(4, client_state={"epoch": 8}, extra=extra)
     saver.close()
@@ -244,7 +245,7 @@ def refuse(mode: str, source: str, out: str) -> None:
         lines.append(_caught(lambda: ckpt.resume(model=model, optimizer=other, **where)))  # noqa: B023
     lines.append(_caught(lambda: ckpt.resume(model=model, optimizer=training.optimizer, **where)))
     lines.append(_caught(lambda: ckpt.resume(**training.parts, run=source)))
-    lines.append(_caught(lambda: ckpt.Saver(**training.parts, run=out, weights="bf16")))
+    lines.append(_caught(lambda: ckpt.Saver(**training.parts, run=out, weights="int8")))
     saver: Any = ckpt.Saver
     lines.append(_caught(lambda: saver(model=training.model)))
     lines.append(_caught(lambda: saver(run=out)))

@@ -14,6 +14,15 @@ MODEL = "model"  # in place of a writer: weights of which nobody says who wrote 
 OWN = "ckpt"  # the writer of what ckpt made of a checkpoint without a manifest
 PLAIN_DEEPSPEED = "DeepSpeed"  # the writer of a tag that no trainer describes
 STATES_ALONE = (PLAIN_DEEPSPEED, "FSDP")  # the writers of states that no trainer describes
+# The writers without DeepSpeed whose checkpoints the front ends of ckpt commit, too.
+COMMITTED_WITHOUT_DEEPSPEED = (
+    "the Trainer with FSDP",
+    "the Trainer without DeepSpeed",
+    "Accelerate with FSDP",
+    "Accelerate without DeepSpeed",
+    "FSDP",
+    "torch's distributed checkpoint",
+)
 History = tuple[Mapping[str, Any], ...]
 
 
@@ -44,3 +53,15 @@ class Proof:
     hindrance: str | None = None
     source: Source | None = None
     remark: str | None = None
+
+    @property
+    def gets_manifest(self) -> bool:
+        """Whether ``ckpt doctor --adopt`` commits such a checkpoint, in a folder of its own.
+
+        Of DeepSpeed's parallelism that is not read here nothing says which shapes there are.
+        """
+        if self.hindrance is not None or not self.path.is_dir():
+            return False
+        if self.tag is not None:
+            return self.shapes is not None
+        return self.resumable and self.kind in COMMITTED_WITHOUT_DEEPSPEED

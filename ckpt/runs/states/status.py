@@ -73,11 +73,10 @@ class CheckpointStatus:
     def adoptable(self) -> bool:
         """Whether ``ckpt doctor --adopt`` can commit it.
 
-        That is a complete one of DeepSpeed in a folder of its own, whose states are read
-        here: of parallelism that is not, nothing says which shapes there are.
+        That is a complete one in a folder of its own, of a kind that gets a manifest.
         """
-        is_read = self.proof is not None and None not in (self.proof.tag, self.proof.shapes)
-        return is_read and not self.is_tag and not self.is_save_dir
+        gets_manifest = self.proof is not None and self.proof.gets_manifest
+        return gets_manifest and not self.is_tag and not self.is_save_dir
 
     @property
     def is_tag(self) -> bool:

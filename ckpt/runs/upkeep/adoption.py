@@ -27,11 +27,10 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Run, RunCheckpoint, leading, open_checkpoint
 from ckpt.runs.states import checksums, copies, evaluation, listing, save_dirs, trainings
 from ckpt.runs.states.status import CheckpointState, CheckpointStatus, saved_at, statuses_of
-from ckpt.runs.upkeep import manifest_writing, one_save
+from ckpt.runs.upkeep import manifest_writing, one_save, saved_facts
+from ckpt.runs.upkeep.saved_facts import SavedFacts
 from ckpt.version import __version__
-from converters import detect
 from converters.errors import CheckpointError
-from converters.source import Source
 from converters.storage.system import flock
 from converters.words import shell_word
 
@@ -110,7 +109,7 @@ def nbytes_of(statuses: Iterable[CheckpointStatus]) -> int:
         (status.checkpoint.folder / name).stat().st_size
         for status in statuses
         if _hindrance(status) is None
-        for name in _file_names(status.checkpoint.folder)
+        for _, name in checksums.files_of(status.checkpoint.folder)
     )
 
 
@@ -120,7 +119,7 @@ def adopt(
     progress: Progress = quiet,
     is_one_save: bool = False,
 ) -> list[AdoptionOutcome]:
-    """Commits what is complete and of DeepSpeed; returns what became of each checkpoint.
+    """Commits what is complete and gets a manifest; returns what became of each checkpoint.
 
     ``dry_run`` proves the same and writes nothing. ``progress`` gets the bytes read.
     With ``is_one_save`` somebody has said that all files of each are of one save: what
@@ -199,8 +198,8 @@ def _hindrance(status: CheckpointStatus) -> str | None:
         return f"{folder} is {save_dirs.WHY}, not a checkpoint: {shown_by}"
     if not status.adoptable:
         return (
-            f"{folder} is {status.description}; a manifest is for DeepSpeed's checkpoints that "
-            "ckpt reads, in folders of their own"
+            f"{folder} is {status.description}; a manifest is for checkpoints of DeepSpeed, the "
+            "Trainer, Accelerate and torch that a training goes on from, in folders of their own"
         )
 
     return None
@@ -240,10 +239,11 @@ def plan(folder: Path, data: bool = True) -> Adoption:
     proof = liveness.prove_at_rest(folder)
     if proof.hindrance is not None:
         raise CheckpointError(f"{folder} gets no manifest: {proof.hindrance}", "unsupported")
-    if proof.tag is None:
+    if proof.tag is None and not proof.gets_manifest:
         raise CheckpointError(
-            f"{folder} is whole, written by {proof.kind}; a manifest is for what "
-            "DeepSpeed wrote. ckpt.find takes it as it is",
+            f"{folder} is whole, written by {proof.kind}; a manifest is for states that a "
+            "training goes on from, in a folder, and not for Lightning's. ckpt.find takes it as "
+            "it is",
             "unsupported",
         )
 
@@ -253,24 +253,18 @@ def plan(folder: Path, data: bool = True) -> Adoption:
 def _planned(proof: Proof, data: bool, progress: Progress, wish: _Wish) -> Adoption:
     """The manifest that a whole checkpoint gets, after a look at all of its files."""
     folder, look = proof.path, liveness.look(proof.path)
-    source = detect.read(folder, complete=True)
-    if source.place.root != folder:
-        raise CheckpointError(
-            f"{folder} is the folder of a tag; commit the one above: ckpt doctor "
-            f"{shell_word(folder.absolute().parent.parent)} --adopt",
-            "refused",
-        )
-    if proof.step is None:
-        raise CheckpointError(f"{folder} does not say of which step it is", "incomplete")
-    doubt = one_save.doubt(source, wish.is_one_save, wish.is_of_user)
+    facts = saved_facts.facts_of(proof)
+    doubt = None
+    if facts.source is not None:
+        doubt = one_save.doubt(facts.source, wish.is_one_save, wish.is_of_user)
 
-    file_names = _file_names(folder)
+    file_names = _file_names(folder, facts)
     for file_name in file_names:
         intact_files.require_file(folder / file_name)
 
     try:
-        line = succession.line_after(folder, proof.step, wish.excluded_line)
-        new_manifest = replace(_manifest(source, proof, file_names, line, progress), doubt=doubt)
+        line = succession.line_after(folder, facts.step, wish.excluded_line)
+        new_manifest = replace(_manifest(facts, proof, file_names, line, progress), doubt=doubt)
     except FieldError as error:
         raise CheckpointError(
             f"{folder} is whole, but a manifest cannot list it: {error}; rename or move away "
@@ -300,30 +294,29 @@ def execute(adoption: Adoption) -> Manifest:
 
 
 def _manifest(
-    source: Source,
+    facts: SavedFacts,
     proof: Proof,
     file_names: Sequence[str],
     line: Line | None,
     progress: Progress,
 ) -> Manifest:
     """What the save would have written, had it been ckpt's."""
-    folder = source.place.root
+    folder, step = proof.path, facts.step
     original_folder = _original_folder(folder)
-    assert proof.step is not None
-    step, record = proof.step, record_in(folder)
+    record = record_in(folder)
     origin = None if record is None else record.source
     versions = {"ckpt": __version__}
-    if source.version:
-        versions["deepspeed"] = source.version
+    if facts.deepspeed:
+        versions["deepspeed"] = facts.deepspeed
 
     return Manifest(
         step=step,
-        tag=source.place.tag,
+        tag=facts.tag,
         tier="full",
         save=uuid.uuid4().hex,
         created=_saved_at(folder, original_folder, file_names),
-        stage=source.stage,
-        world_size=source.world_size,
+        stage=facts.stage,
+        world_size=facts.world_size,
         versions=versions,
         metrics=evaluation.metrics(proof.history or (), step),
         files={
@@ -353,8 +346,12 @@ def _saved_at(folder: Path, original_folder: Path, file_names: Sequence[str]) ->
     return max((folder / file_name).stat().st_mtime for file_name in file_names)
 
 
-def _file_names(folder: Path) -> list[str]:
-    """Every file but hidden ones, temporary ones and those of the tool."""
+def _file_names(folder: Path, facts: SavedFacts) -> list[str]:
+    """Every file but hidden ones, temporary ones and those of the tool; without DeepSpeed what
+    describes a distributed checkpoint, too."""
+    has_descriptions = facts.tag is None
     return [
-        name for path, name in checksums.files_of(folder) if path.name != checksums.DCP_METADATA
+        name
+        for path, name in checksums.files_of(folder)
+        if has_descriptions or path.name != checksums.DCP_METADATA
     ]

@@ -19,6 +19,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ from converters.errors import CheckpointError
 from converters.storage import local
 
 Files = dict[str, FileRecord]
+Meeting = Generator[dict[int, str], None, None]
 log = logging.getLogger("ckpt")
 
 
@@ -94,32 +96,42 @@ class Commit:
         self.line = facts.line  # rank 0's, when it has begun
         self.lock, self.lease = Lock(), Lease()
         self.is_open = False  # begun and not over, on the rank that commits
+        self.pool: Executor | None = None  # that writes to disk while the training goes on
+        self.job: Future[object] | None = None
         self.nbytes = 0  # of the committed files in this rank's folder, where it commits
 
     def begin(self) -> None:
         """Makes the empty folder;
         ``CheckpointError`` on every rank unless all save the same."""
-        with self.ranks.step() as saves:
-            saves.value = [self.final.name, self.facts.step, self.facts.tier]
-        with self.ranks.step() as identities:
-            if not self.ranks.rank:
-                _require_same(saves.heard)
-            if self.nodes.commits:
-                self.lease = lease.acquire(self.final.parent, self.ranks.heartbeat)
-            if self.nodes.commits and not self.in_place:
-                self.lock = locks.claimed(self.folder)
-            self.is_open = self.nodes.commits
-            line = self.facts.line
-            identities.value = [uuid.uuid4().hex, line.run, line.launch, line.ancestors]
+        with self.ranks.step() as step:
+            step.value = [self.final.name, self.facts.step, self.facts.tier]
+            step.answer = self._open
+        if self.nodes.local:  # the other nodes' folders
+            with self.ranks.step():
+                if self.nodes.commits and self.ranks.rank:
+                    self._make_folder()
 
-        self.save, run, launch, ancestors = identities.heard[0]
+        self.save, run, launch, ancestors = step.heard[0]
         pairs = tuple((ancestor, step) for ancestor, step in ancestors)
         self.line = Line(run, launch, pairs)
 
+    def _open(self, saves: list[Any]) -> list[Any]:
+        """Begins on rank 0, when all ranks have said what they save; the save's identity."""
+        _require_same(saves)
+        self._make_folder()
+        line = self.facts.line
+        return [uuid.uuid4().hex, line.run, line.launch, line.ancestors]
+
+    def _make_folder(self) -> None:
+        self.lease = lease.acquire(self.final.parent, self.ranks.heartbeat)
+        if not self.in_place:
+            self.lock = locks.claimed(self.folder)
+        self.is_open = True
+
     def settle(self) -> None:
-        """Syncs and digests what is in the folder already
-        and was not written by the saver."""
-        if self.nodes.leads:
+        """Syncs and digests what this node's trainer wrote,
+        where another node's rank commits; the rank that commits does it then."""
+        if self.nodes.leads and not self.nodes.commits:
             self.files |= _settle(self.folder, set(self.files), self.ranks.heartbeat)
 
     def finish(self) -> None:
@@ -130,7 +142,7 @@ class Commit:
         """
         self.ranks.wait(self.finishing())
 
-    def finishing(self) -> Generator[dict[int, str], None, None]:
+    def finishing(self) -> Meeting:
         """``finish`` in pieces that never wait, as ``RankGroup.meeting``."""
         try:
             files = self.files.items()
@@ -145,11 +157,11 @@ class Commit:
                 reports = relayed[0] if self.ranks.rank else reports
 
             if self.nodes.commits and self.ranks.rank:
-                self._commit_folder(reports)
+                yield from self.apart(self._commit_folder, reports)
             if self.nodes.local:
                 yield from self.ranks.meeting(None)
             if not self.ranks.rank:
-                self._commit_folder(reports)
+                yield from self.apart(self._commit_folder, reports)
             yield from self.ranks.meeting(None)
         except Exception as error:
             failure = self.ranks.report_failure(error)
@@ -159,11 +171,24 @@ class Commit:
             self.abandon()
             raise
 
+    def apart(self, work: Callable[..., object], *arguments: Any) -> Meeting:
+        """Does work of the disk in ``pool`` while a training goes on; here without one."""
+        if self.pool is None:
+            work(*arguments)
+            return
+
+        self.job = self.pool.submit(work, *arguments)
+        while not self.job.done():
+            yield {}
+        self.job.result()
+
     def abandon(self) -> None:
         """Removes the folder, when all ranks have stopped writing into it.
 
         What cannot be removed stays recognisable by its name.
         """
+        if self.job is not None:
+            wait([self.job])
         if self.nodes.commits and not self.is_open:
             self.lease.release()
             return  # committed, removed, or somebody else's

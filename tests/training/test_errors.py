@@ -41,6 +41,7 @@ def test_the_sentence_of_a_failure_is_printed_at_most_twice(tmp_path: Path) -> N
     whole = {case: [told[0][case][0] in t[case][0] for t in told] for case in told[0]}
     assert whole["extra"] == whole["files"] == whole["resume"] == [True, True, False, False]
     assert whole["gone"] == [True, True, False, False]  # rank 0 failed
+    assert "latest is a folder, where a file is to be that names" in told[0]["folder"][0]
     where = told[1]["extra"][1].splitlines()[-1]  # Python 3.11 shows notes
     assert "errors_worker.py" in where and where.endswith("in state_dict")
     lines = [line for line in said.splitlines() if line.startswith("ckpt: save failed on rank 1")]

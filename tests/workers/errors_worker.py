@@ -63,11 +63,13 @@ def main(out: Path) -> None:
     saver = ckpt.Saver(engine, run, timeout=20)
     later = ckpt.Saver(engine, run, timeout=20, background=True)
     saver.save(1)
+    (out / "folders/latest").mkdir(parents=True, exist_ok=True)
     told = {
         "extra": printed(lambda: saver.save(2, extra={"sampler": Broken()})),
         "other step": printed(lambda: saver.save(3 + (rank == BY))),
         "metric": printed(lambda: saver.save(3, {"loss": "low"})),
         "gone": printed(lambda: ckpt.find(out / "gone/checkpoint-5")),
+        "folder": printed(lambda: ckpt.Saver(engine, out / "folders", timeout=20)),
         "option": printed(lambda: ckpt.resume(engine, run, on_mismatch="maybe")),  # type: ignore[arg-type]
     }
     keep, write, size = CapturingEngine._keep, torch_file.Captured.write, preflight.predicted

@@ -144,9 +144,10 @@ def reshard(
     """Rewrite a checkpoint for another number of ranks, or another stage.
 
     One of tensor parallelism, of a pipeline or of MiCS is written for ZeRO alone, or for
-    the tensor-parallel ranks of --tp; a pipeline for the stages of --pp, too. One of experts
-    is written for the ranks of --ep. The output holds DeepSpeed's own files, which
-    engine.load_checkpoint and the Trainer's resume_from_checkpoint load as they load any.
+    the tensor-parallel ranks of --tp; a pipeline for the stages of --pp, too, each of the
+    ranks of --tp. One of experts is written for the ranks of --ep. The output holds
+    DeepSpeed's own files, which engine.load_checkpoint and the Trainer's
+    resume_from_checkpoint load as they load any.
     Weights, every optimizer state, steps, loss scale, scheduler and client state are those
     of CHECKPOINT, bit for bit.
 

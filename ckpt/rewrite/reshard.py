@@ -174,7 +174,9 @@ def notes_on(
 ) -> Iterator[str]:
     """Notes for whoever resumes from ``target``."""
     setting = source.model.setting
-    yield from _notes_on_ranks(source, target, tensor_ranks)
+    if tensor_ranks is not None:
+        yield from _notes_on_shards(target, tensor_ranks)
+    yield from _notes_on_ranks(source, target)
     if target.stage == 3 and source.stage < 3:
         yield f"made for sub_group_size {target.sub_group_size}; {SAME_IN_ENGINE}"
 
@@ -202,25 +204,29 @@ def notes_on(
         yield ("elastic_checkpoint: DeepSpeed asks for optimizers that count steps in their groups")
 
 
-def _notes_on_ranks(
-    source: zero.Checkpoint, target: TargetTopology, tensor_ranks: TensorRanks | None
-) -> Iterator[str]:
-    """Notes on ranks that are gone, or are new."""
-    saved_world_size = merged.original(source).world_size
-    rule = tensor_ranks.head_rule if tensor_ranks is not None else None
-    if rule is not None and rule.key_heads is not None:
-        shares = ", ".join(map(str, rule.widths((rule.key_heads, True))))
-        yield (
-            f"made for {rule.rank_count} tensor-parallel ranks of AutoTP, which share "
-            f"{counted(rule.key_heads, 'key head')} ({shares}); the engine's model must have as "
-            "many"
-        )
-    elif target.tensor_ranks > 1 and not engine_cuts.are_known():
+def _notes_on_shards(target: TargetTopology, tensor_ranks: TensorRanks) -> Iterator[str]:
+    """A note on how parameters are cut for tensor-parallel ranks, where no engine says it."""
+    if engine_cuts.are_known():
+        return
+
+    rule = tensor_ranks.head_rule
+    if rule is None:
         yield (
             f"made for {target.tensor_ranks} tensor-parallel ranks that cut parameters evenly; an "
             "engine that cuts heads otherwise refuses the shapes"
         )
+    elif rule.known_heads is not None:
+        shares = ", ".join(map(str, rule.widths((rule.known_heads, True))))
+        yield (
+            f"made for {rule.rank_count} tensor-parallel ranks of AutoTP, which share "
+            f"{counted(rule.known_heads, 'key head')} ({shares}); the engine's model must have as "
+            "many"
+        )
 
+
+def _notes_on_ranks(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
+    """Notes on ranks that are gone, or are new."""
+    saved_world_size = merged.original(source).world_size
     if target.stages:
         yield (
             f"made for the stages {','.join(map(str, target.stages))}; the engine must part its "

@@ -480,6 +480,16 @@ def test_the_stages_of_an_engine_are_said_with_the_command() -> None:
     assert f"--stage 1 --pp {stages} -o {folder}-pp2-w4" in sentence
 
 
+def test_tensor_parallel_stages_of_an_engine_are_said_with_the_command() -> None:
+    folder, stages = FIXTURES / "parallel/p3dm_z1_w4", "0-1+embed,2-2,3-3,4-5+embed"
+    layout = Layout(Topology(1, 8, Degrees(2, stages=4)), {}, pipeline=stages)
+    source = ResumePoint.of(open_checkpoint(folder))
+    sentence = str(topology.refusal(source, layout))
+    assert f"--stage 1 --tp 2 --pp {stages} -o {folder}-tp2-pp4-w8" in sentence
+    plain = ResumePoint.of(open_checkpoint(FIXTURES / "corpus/pp_z1bf"))
+    assert "--tp-rules FILE (without" in str(topology.refusal(plain, layout))
+
+
 @pytest.mark.parametrize("is_rewritten", [True, False])
 def test_degrees_that_it_was_written_for_are_no_difference(is_rewritten: bool) -> None:
     """Nor are the local experts of the first rank, and the settings that say the degrees."""

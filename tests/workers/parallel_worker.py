@@ -10,6 +10,8 @@ parallel_worker.py JOBS   each {"model", "out", "stage", "steps"} and perhaps
     "half"       where it is saved after half of its steps
     "seed"       of its first weights
     "bf16"       true where it is trained in bf16
+    "clipping"   of gradients; DeepSpeed's default is to 1, in fp32 without ZeRO by a norm that
+                 depends on the number of stages
     "run"        where ckpt.Saver saves it then, too; live weights go to RUN-fp32
     "resume"     the run that it goes on from by ckpt.resume
     "local"      nodes have folders of their own; {node} in "run" and "resume" is this one's
@@ -152,6 +154,8 @@ def config_of(job: dict[str, Any]) -> dict[str, Any]:
         of_model = PARTITIONING if job["model"] == "fused" else uneven_heads.PARTITIONING
         partitioning = {"partition_config": of_model}
         config["tensor_parallel"] = {"autotp_size": job["tp"], **partitioning}
+    if "clipping" in job:
+        config["gradient_clipping"] = job["clipping"]
     if job.get("bf16"):
         config["bf16"] = {"enabled": True}
     if job.get("universal"):

@@ -162,8 +162,8 @@ class TensorRanks:
             for name, layout in self.layouts.items()
             if name not in checkpoint.weights.buffers
         }
-        if self.head_rule is not None and self.head_rule.key_heads is not None:
-            info[_KEY_HEADS] = self.head_rule.key_heads
+        if self.head_rule is not None and self.head_rule.known_heads is not None:
+            info[_KEY_HEADS] = self.head_rule.known_heads
         info["affine_map"] = {"version": affine_map.VERSION, "params": entries}
         config = dict(checkpoint.model.config)
         saved_config = source.entries.get(roots.CONFIGURATION)

@@ -24,10 +24,20 @@ Width = tuple[int, bool]  # elements of a sub-parameter on its axis, and whether
 
 @dataclass(frozen=True, slots=True)
 class HeadRule:
-    """The rule for ``key_heads`` (``None``: not known to the model) and ``rank_count`` ranks."""
+    """The rule for ``key_heads`` (``None``: the model counts none) and ``rank_count`` ranks.
+
+    Without ``is_certain`` other numbers of heads cut in the same way, there and where it
+    was saved.
+    """
 
     key_heads: int | None
     rank_count: int
+    is_certain: bool = True
+
+    @property
+    def known_heads(self) -> int | None:
+        """The number of key heads, if it is certain and there are any."""
+        return self.key_heads if self.is_certain else None
 
     def widths(self, width: Width) -> list[int]:
         """The elements of a sub-parameter that each rank has."""
@@ -70,7 +80,7 @@ def rule_for(
     ]
     rules = {
         tuple(map(tuple, map(rule.widths, saved))): rule
-        for rule in (HeadRule(count, rank_count) for count in fitting)
+        for rule in (HeadRule(count, rank_count, len(fitting) == 1) for count in fitting)
     }
     return next(iter(rules.values())) if len(rules) == 1 else None
 

@@ -48,7 +48,7 @@ RULES = {  # of the model "fused", where it was trained without tensor paralleli
     ".*": "replicated",
 }
 STAGES = {  # of the model "pipeline", as partition_method "uniform" parts its six layers
-    1: "0-",
+    1: "0-+embed",
     2: "0-2+embed,3-+embed",
     4: "0-1+embed,2-3,4-4,5-+embed",
 }

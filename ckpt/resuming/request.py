@@ -130,7 +130,9 @@ class ResumeRequest:
         if self.reshard is not None and layout.target is not None and not self.committed_only:
             buffers = [name for name, _ in engine.module.named_buffers()]
             engine_precision = precision.of_engine(engine)
-            path = dcp_for_engine.path(ranks, path, layout.target, engine_precision, buffers)
+            path = dcp_for_engine.loadable_path(
+                ranks, path, layout.target, engine_precision, buffers
+            )
 
         checkpoint = select.select_checkpoint(
             ranks, path, *options, committed_only=self.committed_only

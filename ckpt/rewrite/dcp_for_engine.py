@@ -19,7 +19,7 @@ from converters.storage import open_files, stores
 from converters.zero.native.target import TargetTopology
 
 
-def path(
+def loadable_path(
     ranks: RankGroup, source: Path, target: TargetTopology, precision: str, buffers: Collection[str]
 ) -> Path:
     """The path that an engine loads: of a checkpoint of FSDP that of ``native_files``, which

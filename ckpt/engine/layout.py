@@ -88,8 +88,11 @@ class Layout:
     pipeline: str | None = None
 
     @property
-    def target(self) -> TargetTopology:
-        """Its stage, ranks and groups of parameters, for files without other degrees."""
+    def target(self) -> TargetTopology | None:
+        """What native files of FSDP are made for; ``None`` for an engine without ZeRO, or
+        with more than data parallelism, for which none are made."""
+        if not self.topology.stage or self.topology.degrees != NONE:
+            return None
         sub_group_size = self.settings.get("sub_group_size", SUB_GROUP)
         return TargetTopology(
             self.topology.stage, self.topology.world_size, sub_group_size=sub_group_size

@@ -24,7 +24,7 @@ from ckpt.runs.run import (
 )
 from ckpt.runs.states import listing
 from ckpt.runs.states.newest import newest_at
-from converters.detect import detect
+from converters.detect import detect, sharded
 from converters.errors import CheckpointError
 from converters.options import BEST
 from converters.words import counted, shell_word
@@ -72,7 +72,8 @@ def _single(path: Path) -> RunCheckpoint | None:
     """The checkpoint or model folder that a path is;
     ``None`` for a run with checkpoints."""
     if path.is_dir() and not is_checkpoint(path) and not is_run(path):
-        if detect(path).kind.holds_weights:
+        kind = detect(path).kind
+        if kind.holds_weights or kind.name in sharded.READ:
             return open_checkpoint(path)
         if listing.checkpoints_in(path):  # of any trainer, as ckpt ls lists them
             return None

@@ -36,7 +36,6 @@ from converters.errors import CheckpointError
 from converters.storage import local
 from converters.words import first
 from converters.zero.files.discovery import is_tag_folder
-from converters.zero.merging.saved_degrees import NONE
 
 log = logging.getLogger("ckpt")
 
@@ -127,7 +126,14 @@ class ResumeRequest:
         ranks = self.ranks
         layout = Layout.of_engine(engine, ranks.world)
         options = (self.tag, self.verify, self.load_foreign, layout.topology.fits)
-        path = self._path_of_native(engine, layout)
+        path = self.path
+        if self.reshard is not None and layout.target is not None and not self.committed_only:
+            buffers = [name for name, _ in engine.module.named_buffers()]
+            engine_precision = precision.of_engine(engine)
+            path = dcp_for_engine.loadable_path(
+                ranks, path, layout.target, engine_precision, buffers
+            )
+
         checkpoint = select.select_checkpoint(
             ranks, path, *options, committed_only=self.committed_only
         )
@@ -153,24 +159,6 @@ class ResumeRequest:
                 stack.enter_context(locks.reading(loadable.folder))
 
         return loadable
-
-    def _path_of_native(self, engine: EngineView, layout: Layout) -> Path:
-        """The path itself or, of a checkpoint of FSDP, that of the native files that rank 0
-        makes of it beside it, where it may."""
-        with self.ranks.step() as outcome:
-            is_staged = layout.topology.stage > 0 and layout.topology.degrees == NONE
-            may_cross = self.reshard is not None and is_staged and not self.committed_only
-            if may_cross and not self.ranks.rank and dcp_for_engine.is_source(self.path):
-                with alive(self.ranks):
-                    outcome.value = dcp_for_engine.native_files(
-                        self.path,
-                        layout.target,
-                        precision.of_engine(engine),
-                        [name for name, _ in engine.module.named_buffers()],
-                    ).name
-
-        name = outcome.heard[0]
-        return Path(os.path.abspath(self.path)).with_name(name) if name else self.path
 
     def commit(self, source: ResumePoint) -> ResumePoint:
         """Commits the checkpoint that a training goes on from, if it was written

@@ -3,6 +3,7 @@ for other ranks, another stage, or in another format.
 
 job               moves, proves, commits
 dcp               torch's distributed checkpoints, which FSDP loads, and back
+dcp_for_engine    back, for an engine that is to go on from one
 crossing          moves, proves, commits these
 crossing_proofs   what proves them
 state_work        the bytes that these move, by one process or by several

@@ -10,12 +10,27 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from ckpt.distributed.ranks import RankGroup, alive
 from ckpt.rewrite import dcp, reshard_command
 from converters.detect import detect, sharded
 from converters.detect import detection as detections
 from converters.errors import CheckpointError
 from converters.storage import open_files, stores
 from converters.zero.native.target import TargetTopology
+
+
+def loadable_path(
+    ranks: RankGroup, source: Path, target: TargetTopology, precision: str, buffers: Collection[str]
+) -> Path:
+    """The path that an engine loads: of a checkpoint of FSDP that of ``native_files``, which
+    rank 0 makes; of anything else itself. Every rank calls it; raises as these do."""
+    with ranks.step() as outcome:
+        if not ranks.rank and is_source(source):
+            with alive(ranks):
+                outcome.value = native_files(source, target, precision, buffers).name
+
+    name = outcome.heard[0]
+    return Path(os.path.abspath(source)).with_name(name) if name else source
 
 
 def is_source(path: Path) -> bool:

@@ -218,6 +218,22 @@ def test_of_a_checkpoint_of_fsdp_the_weights_are_sent(tmp_path: Path) -> None:
     assert made_of in card
 
 
+@pytest.mark.parametrize("name", ["dist_epoch_0", "step-12", "gan", "ep0-ba2"])
+def test_a_distributed_checkpoint_is_pushed_under_any_name(name: str, tmp_path: Path) -> None:
+    values = load_file(TRAINER / "model.safetensors")
+    folder = tmp_path / name
+    if name == "ep0-ba2":  # composer's: model and optimizer in a folder each
+        dcp.save(values, checkpoint_id=folder / "model", no_dist=True)
+        optimizer = {"state": {key: {"step": torch.ones(())} for key in values}}
+        dcp.save(optimizer, checkpoint_id=folder / "optim", no_dist=True)
+    else:
+        dcp.save({"model": values}, checkpoint_id=folder, no_dist=True)
+
+    checkpoint = chosen(folder).checkpoint
+    assert checkpoint.folder == folder
+    assert "model.safetensors" in names(contents(checkpoint, max_shard_size=1 << 40))
+
+
 def test_a_model_of_torch_save_is_sent_as_safetensors_with_the_same_values(tmp_path: Path) -> None:
     values = convert(TRAINER, tmp_path / "model", "--format", "bin", "--dtype", "bf16")
     found = of(tmp_path / "model")

@@ -286,10 +286,9 @@ def _records_of_pieces(
 ) -> Iterator[Checkable]:
     """The records of the zips that ``torch.save`` wrote into a file of DCP."""
     file = LocalFile(Path(stream.name), stream.fileno())
-    packed_pieces = [piece for piece in pieces if piece.transforms]
-    for piece in pieces:
+    for piece in (piece for piece in pieces if not piece.transforms):
         part = FilePart(file, piece.offset, piece.nbytes, _END_BYTES)
-        if piece.transforms or part.read([(0, 4)])[0] != b"PK\x03\x04":
+        if part.read([(0, 4)])[0] != b"PK\x03\x04":
             continue
 
         try:
@@ -298,12 +297,15 @@ def _records_of_pieces(
             continue  # of another form, which has no checksum that is known here
         yield from _records(piece.path, name, directory, piece.offset, piece.nbytes)
 
-    if packed_pieces:
+    if packed_pieces := [piece for piece in pieces if piece.transforms]:
         yield from _records_of_compressed(name, packed_pieces)
 
 
 def _records_of_compressed(name: str, pieces: Sequence[ItemPlace]) -> Iterator[Checkable]:
-    """The records of compressed items, which ``item_forms.faults`` has unpacked before."""
+    """The records of compressed items, whose tensors ``item_forms.faults`` has unpacked.
+
+    ``CheckpointError`` for one that is damaged, or cannot be unpacked here.
+    """
     from converters.dcp import items
 
     reader = items.ItemReader()

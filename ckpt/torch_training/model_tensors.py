@@ -73,8 +73,8 @@ def _first_element(name: str, box: LocalBox, shape: Shape) -> int:
     if any(is_cut[axis] and prod(box.sizes[:axis]) != 1 for axis in range(len(shape))):
         raise CheckpointError(
             f"{name} is not cut by rows (a rank has {words.shape(box.sizes)} of "
-            f"{words.shape(shape)}), so that ranks do not write a model together; pass weights=None, and "
-            "ckpt to-fp32 makes a model of the checkpoint",
+            f"{words.shape(shape)}), so that ranks do not write a model together; pass "
+            "weights=None, and ckpt to-fp32 makes a model of the checkpoint",
             "unsupported",
         )
     strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]

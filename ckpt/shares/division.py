@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt.shares.launch import SIGNS
 from converters.errors import CheckpointError
+from converters.options import SHARE
 from converters.plan import Plan
 
 if TYPE_CHECKING:
     from ckpt.shares.company import Company
     from ckpt.shares.moving import Work
     from ckpt.shares.share_folder import SharedCommand
-    from converters.execute.plan_shares import Share, Volume
+    from converters.execute.plan_shares import PlanShare, Volume
     from converters.execute.shares import ShareRecord
 
 
@@ -38,10 +38,10 @@ class Divisible:
     plan: Plan
     output: Path
     work: Callable[[], Work]
-    write_share: Callable[[Share, Callable[[int], Any], SharedCommand | None], ShareRecord]
+    write_share: Callable[[PlanShare, Callable[[int], Any], SharedCommand | None], ShareRecord]
     join: Callable[[int], Any]
 
-    def nbytes_of(self, share: Share) -> int:
+    def nbytes_of(self, share: PlanShare) -> int:
         """Bytes that a share writes."""
         from converters.execute.plan_shares import DividedPlan
 
@@ -93,7 +93,7 @@ class Division:
     ``command`` what each was called with.
     """
 
-    share: Share | None = None
+    share: PlanShare | None = None
     company: Company | None = None
     output: Path | None = None
     command: SharedCommand | None = None
@@ -119,7 +119,7 @@ class Division:
             self.company.leave()
 
 
-def of_share(share: Share, arguments: Sequence[str]) -> Division | None:
+def of_share(share: PlanShare, arguments: Sequence[str]) -> Division | None:
     """The division that a user gives by hand; ``None`` for the only share of one."""
     if share.count == 1:
         return None
@@ -132,9 +132,6 @@ def of_launch(what: str, arguments: Sequence[str]) -> Division | None:
     ``what`` is the command, such as "ckpt to-fp32". ``CheckpointError`` where the
     processes cannot find each other.
     """
-    if not any(name in os.environ for name in SIGNS):
-        return None
-
     from ckpt.distributed import launchers
     from ckpt.shares import launch
 
@@ -153,10 +150,10 @@ def _command(arguments: Sequence[str]) -> SharedCommand:
     from ckpt.shares.share_folder import SharedCommand
 
     words: list[str] = []
-    is_value = False
+    is_value, flag = False, SHARE.flag
     for word in arguments:
-        if not is_value and word != "--share" and not word.startswith("--share="):
+        if not is_value and word != flag and not word.startswith(f"{flag}="):
             words.append(word)
-        is_value = word == "--share"
+        is_value = word == flag
 
     return SharedCommand(tuple(words), str(Path.cwd()))

@@ -25,7 +25,6 @@ from typing import Protocol
 
 from converters.errors import CheckpointError
 
-SIGNS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS", "JOB_COMPLETION_INDEX", "WORLD_SIZE")
 PORT = 29500  # torch's default
 SLURM_PORTS = range(20_000, 30_000)
 LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch")

@@ -16,7 +16,7 @@ from oracles import FIXTURES, run
 from stage0 import STATE
 from test_quantized_conversion import NF4, checkpoint, module_of
 
-from converters.execute.plan_shares import DividedPlan, Share, parse
+from converters.execute.plan_shares import DividedPlan, PlanShare, parse
 from converters.plan import Plan, Shard
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def test_every_byte_of_a_plan_is_in_one_share() -> None:
                 covered = [byte for part in parts for byte in part]
                 assert covered == list(range(divided.cut_shards[name].nbytes)), (name, parts)
             assert max(portion.nbytes for portion in divided.portions) <= -(-sum(sizes) // count)
-            assert str(Share(1, count)) == f"1/{count}"
+            assert str(PlanShare(1, count)) == f"1/{count}"
 
 
 def kill_points(forks: Forks, command: list[object], folder: Path, count: int) -> Iterator[int]:

@@ -8,6 +8,7 @@ torchrun, srun ..  one share each, at the same time; rank 0 joins and prints
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,7 +136,8 @@ def of_launch(what: str, arguments: Sequence[str]) -> Division | None:
     from ckpt.distributed import launchers
     from ckpt.shares import launch
 
-    launched = launch.launch_of(os.environ, launchers.ancestors())
+    is_interactive = sys.stdin is not None and sys.stdin.isatty()
+    launched = launch.launch_of(os.environ, launchers.ancestors(), is_interactive)
     if launched is None:
         return None
 

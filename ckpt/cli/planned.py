@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,6 +227,11 @@ def divided(command: Callable[..., None]) -> Callable[..., None]:
             _is_silent.reset(token)
 
     return running_in_shares
+
+
+def launched(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that several processes of a launcher can do; it is given a ``division``."""
+    return wraps(command)(partial(divided(command), share=None))
 
 
 def _division(what: str, share: PlanShare | None, invocation: Any) -> Division | None:

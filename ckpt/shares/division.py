@@ -113,6 +113,8 @@ class Division:
 
         try:
             yield
+        except SystemExit:
+            raise  # a result with another exit code
         except BaseException as error:
             self.company.report(error)
             raise

@@ -69,6 +69,30 @@ def test_a_process_that_dies_is_named_by_the_others_and_the_next_run_continues(
     assert contents(output) == contents(tmp_path / "alone")
 
 
+@pytest.mark.parametrize("source", ["trainer-zero3/checkpoint-2", "committed"])
+def test_every_process_verifies_a_part(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(SOURCE, folder)
+    if source == "committed":
+        run("doctor", folder, "--adopt")
+    assert together(3, "verify", folder, "--data").returncode == 0
+
+    for path in sorted(folder.rglob("*optim_states.pt")):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        path.write_bytes(data)
+    capsys.readouterr()
+    run("verify", folder, "--data", code=1)
+    alone = capsys.readouterr().out
+    assert alone.count("optim_states.pt") >= 2
+
+    said = together(3, "verify", folder, "--data", SAYS=str(tmp_path / "said"))
+    assert said.returncode == 1
+    assert (tmp_path / "said").read_text() == alone
+
+
 def test_an_error_is_told_by_all_and_results_by_the_first(tmp_path: Path) -> None:
     ended = together(3, "to-fp32", tmp_path / "nowhere")
     assert ended.returncode == 1

@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from ckpt.runs.retention import Best
-    from converters.execute.plan_shares import Share
+    from converters.execute.plan_shares import PlanShare
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -96,7 +96,7 @@ DTYPE = click.option(
 )
 
 
-def _share(_ctx: Any, _param: Any, value: str | None) -> Share | None:
+def _share(_ctx: Any, _param: Any, value: str | None) -> PlanShare | None:
     from converters.execute.plan_shares import parse
 
     try:

@@ -9,12 +9,13 @@ A result is printed as JSON or for a reader, never both. stdout is data, stderr 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ckpt.shares.company import Company
     from ckpt.shares.division import Divisible, Division
     from ckpt.shares.share_folder import SharedCommand
-    from converters.execute.plan_shares import Share
+    from converters.execute.plan_shares import PlanShare
     from converters.execute.shares import ShareRecord
 
 Progress = Callable[[int], Any]
@@ -66,7 +67,7 @@ class Planned:
     title: str = ""
     opening: Callable[[], str | None] = lambda: None
     interruption: Callable[[], str | None] = lambda: None
-    divisible: Divisible | None = None
+    divisible: Callable[[], Divisible] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +125,8 @@ def run(
 
 def _run_divided(planned: Planned, division: Division, *, dry_run: bool, as_json: bool) -> None:
     """Does what of a command is this process's, and prints what is to be printed."""
-    divisible, company, share = planned.divisible, division.company, division.share
-    assert divisible is not None
+    assert planned.divisible is not None
+    divisible, company, share = planned.divisible(), division.company, division.share
     if company is not None:
         company.require_same(divisible.plan.digest())
 
@@ -135,7 +136,7 @@ def _run_divided(planned: Planned, division: Division, *, dry_run: bool, as_json
     elif division.output is not None:
         show(divisible.joined(division.output), as_json)
     elif company is not None:
-        joined_output = _run_together(planned, company, division.command)
+        joined_output = _run_together(planned, divisible, company, division.command)
         if joined_output is not None:
             show(joined_output, as_json)
     elif share is not None:
@@ -148,11 +149,10 @@ def _run_divided(planned: Planned, division: Division, *, dry_run: bool, as_json
 
 
 def _run_together(
-    planned: Planned, company: Company, command: SharedCommand | None
+    planned: Planned, divisible: Divisible, company: Company, command: SharedCommand | None
 ) -> Output | None:
     """Does this process's share, beside the others; the first one joins them."""
-    divisible, output = planned.divisible, None
-    assert divisible is not None
+    output = None
     with company.step():
         if company.is_first:
             present_count = divisible.prepare(company.share.count, command)
@@ -169,7 +169,7 @@ def _run_together(
     return output
 
 
-def _with_volumes(output: Output, divisible: Divisible, share: Share) -> Output:
+def _with_volumes(output: Output, divisible: Divisible, share: PlanShare) -> Output:
     """The output of a dry run with what each process reads and writes."""
     from ckpt.results import ShareEntry
     from ckpt.text import size
@@ -198,21 +198,21 @@ def _output_of_share(divisible: Divisible, record: ShareRecord) -> Output:
         output=place,
         share=share.number,
         share_count=share.count,
-        read_bytes=record.read,
-        write_bytes=record.written,
+        read_bytes=record.read_bytes,
+        write_bytes=record.written_bytes,
         missing_shares=tuple(missing_numbers),
     )
     names = some(f"{number}/{share.count}" for number in missing_numbers)
     way_on = f"all are there: ckpt join {shell_word(place)}"
-    written = f"{share.words} of {place}: {size(record.written)} written"
-    return Output(result, lines=[written], notices=[f"missing yet: {names}" if names else way_on])
+    line = f"{share.words} of {place}: {size(record.written_bytes)} written"
+    return Output(result, lines=[line], notices=[f"missing yet: {names}" if names else way_on])
 
 
 def divided(command: Callable[..., None]) -> Callable[..., None]:
     """A command that several processes can do, each its share; it is given a ``division``."""
 
     @wraps(command)
-    def running_in_shares(*arguments: Any, share: Share | None, **options: Any) -> None:
+    def running_in_shares(*arguments: Any, share: PlanShare | None, **options: Any) -> None:
         context = click.get_current_context()
         division = _division(f"ckpt {context.info_name}", share, context.find_root().obj)
         if division is None:
@@ -229,8 +229,19 @@ def divided(command: Callable[..., None]) -> Callable[..., None]:
     return running_in_shares
 
 
-def _division(what: str, share: Share | None, invocation: Any) -> Division | None:
+def launched(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that several processes of a launcher can do; it is given a ``division``."""
+    return wraps(command)(partial(divided(command), share=None))
+
+
+def _division(what: str, share: PlanShare | None, invocation: Any) -> Division | None:
     """The division that an option, ``ckpt join`` or a launcher asks for."""
+    from ckpt.shares import SIGNS
+
+    is_joining = isinstance(invocation, Invocation) and invocation.joined_output is not None
+    if share is None and not is_joining and not any(sign in os.environ for sign in SIGNS):
+        return None
+
     from ckpt.shares import division
 
     arguments = invocation.arguments if isinstance(invocation, Invocation) else ()

@@ -301,7 +301,7 @@ def run(
             title=rewriting.output.name,
             opening=lambda: planned.opening(output_folder.continuation(rewriting)),
             interruption=lambda: planned.interruption(output_folder.continuation(rewriting)),
-            divisible=state_work.divisible(rewriting, execute, verify, overwrite, workers),
+            divisible=lambda: state_work.divisible(rewriting, execute, verify, overwrite, workers),
         ),
         dry_run=dry_run,
         as_json=as_json,

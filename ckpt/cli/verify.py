@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ from ckpt.cli.usage.command import Command
 if TYPE_CHECKING:
     from ckpt.cli.results.runs import VerifyEntry
     from ckpt.runs.states.status import CheckpointStatus
-    from ckpt.runs.states.verification import Depth, Verdict
+    from ckpt.runs.states.verification import Depth, Reading, Verdict, VerificationPlan
+    from ckpt.shares.company import Company
+    from ckpt.shares.division import Division
 
 
 @click.command(cls=Command, short_help="Check that checkpoints are whole.")
@@ -31,7 +34,15 @@ if TYPE_CHECKING:
 @click.option("--seed", metavar="N", type=click.IntRange(0), help="Choose the sample as before.")
 @JSON
 @planned.opening_once
-def verify(path: Path, data: bool, percent: float | None, seed: int | None, as_json: bool) -> None:
+@planned.launched
+def verify(
+    path: Path,
+    data: bool,
+    percent: float | None,
+    seed: int | None,
+    as_json: bool,
+    division: Division | None,
+) -> None:
     """Check that a checkpoint, or every one of a run, is whole.
 
     Compares the files' sizes with the manifest and reads the headers of DeepSpeed's
@@ -52,9 +63,19 @@ def verify(path: Path, data: bool, percent: float | None, seed: int | None, as_j
     statuses = statuses_at(path, takes_weights=True)
     with planned.progress(len(statuses), path.name, "checkpoint") as advance:
         plans = verification.plans(statuses, depth, advance)
-    nbytes = sum(plan.nbytes for plan in plans)
-    with planned.progress(nbytes or None, path.name) as advance:
-        verdicts = [verification.execute(plan, advance) for plan in plans]
+    company = None if division is None else division.company
+    if company is not None:
+        readings = _read_together(plans, company, path.name)
+        if not company.is_first:
+            return
+        verdicts = [
+            verification.execute(plan, reading=reading)
+            for plan, reading in zip(plans, readings, strict=True)
+        ]
+    else:
+        nbytes = sum(plan.nbytes for plan in plans)
+        with planned.progress(nbytes or None, path.name) as advance:
+            verdicts = [verification.execute(plan, advance) for plan in plans]
     verdicts = _with_values(verdicts, path.name)
 
     is_whole = bool(verdicts) and all(verdict.whole for verdict in verdicts)
@@ -65,6 +86,34 @@ def verify(path: Path, data: bool, percent: float | None, seed: int | None, as_j
         exit_code=0 if is_whole else 1,
     )
     planned.show(output, as_json)
+
+
+def _read_together(plans: list[VerificationPlan], company: Company, title: str) -> list[Reading]:
+    """What is wrong with the bytes of each checkpoint, of which every process reads a part."""
+    from ckpt.runs.states import verification
+    from ckpt.runs.states.verification import Reading
+
+    company.require_same(repr([(plan.status.checkpoint.folder, plan.nbytes) for plan in plans]))
+    share, total = company.share, sum(plan.nbytes for plan in plans)
+    is_shown = company.is_first and total and sys.stderr.isatty()
+    with (
+        planned.progress(total if is_shown else None, title) as advance,
+        company.step() as step,
+        company.showing(advance if is_shown else None),
+    ):
+        readings = [
+            verification.read_part(plan, share.number, share.count, company.progress)
+            for plan in plans
+        ]
+        step.value = [[dict(reading.differences), reading.problems] for reading in readings]
+
+    if company.is_first:
+        for words in step.heard[1:]:
+            readings = [
+                reading.joined(Reading(differences, tuple(problems)))
+                for reading, (differences, problems) in zip(readings, words, strict=True)
+            ]
+    return readings
 
 
 def _with_values(verdicts: list[Verdict], title: str) -> list[Verdict]:

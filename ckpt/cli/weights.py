@@ -5,6 +5,7 @@ They parse, call and print.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from ckpt.cli.weight_options import request as weights_request
 if TYPE_CHECKING:
     from ckpt.cli.results.conversion import ConversionResult
     from ckpt.runs.states.status import CheckpointStatus
-    from ckpt.shares.division import Division
+    from ckpt.shares.division import Divisible, Division
     from ckpt.weights.conversion.task import Conversion
     from ckpt.weights.request import Names
     from converters.source import Source
@@ -106,7 +107,7 @@ def to_fp32(
     ckpt to-fp32 out/checkpoint-500 --dry-run
     """
     from ckpt.cli import conversion as reports
-    from ckpt.weights.conversion import convert, weight_work
+    from ckpt.weights.conversion import convert
 
     division: Division | None = options.pop("division")
     checkpoint = checkpoint_of(checkpoint, options["tag"], options.pop("last"), "ckpt to-fp32")
@@ -114,16 +115,15 @@ def to_fp32(
     conversion = convert.plan(checkpoint, output, request=request, **options)
     preview = reports.preview(conversion, not no_verify, workers) if dry_run or as_json else None
 
-    writing = {"allow_overflow": allow_overflow, "overwrite": overwrite}
+    writing = {
+        "verify": not no_verify,
+        "allow_overflow": allow_overflow,
+        "overwrite": overwrite,
+    }
 
     def execute(progress: Progress, share_count: int | None = None) -> Output:
         record = convert.execute(
-            conversion,
-            verify=not no_verify,
-            workers=workers,
-            progress=progress,
-            share_count=share_count,
-            **writing,
+            conversion, workers=workers, progress=progress, share_count=share_count, **writing
         )
         return Output(
             None if preview is None else reports.result(preview, conversion, record),
@@ -139,14 +139,24 @@ def to_fp32(
             title=conversion.output.name,
             opening=lambda: planned.opening(convert.continuation(conversion)),
             interruption=lambda: planned.interruption(convert.continuation(conversion)),
-            divisible=weight_work.divisible(
-                conversion, execute, workers, verify=not no_verify, **writing
-            ),
+            divisible=lambda: _divisible(conversion, execute, workers, writing),
         ),
         dry_run=dry_run,
         as_json=as_json,
         division=division,
     )
+
+
+def _divisible(
+    conversion: Conversion,
+    execute: Callable[[Progress, int], Output],
+    workers: int | None,
+    options: dict[str, bool],
+) -> Divisible:
+    """A conversion as several processes do it."""
+    from ckpt.weights.conversion import weight_shares
+
+    return weight_shares.divisible(conversion, execute, workers, **options)
 
 
 def _previewed(conversion: Conversion, preview: ConversionResult | None, overwrite: bool) -> Output:

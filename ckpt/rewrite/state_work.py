@@ -19,7 +19,7 @@ from converters.zero.merging.checkpoint import MergedCheckpoint
 
 if TYPE_CHECKING:
     from ckpt.shares.share_folder import SharedCommand
-    from converters.execute.plan_shares import Share
+    from converters.execute.plan_shares import PlanShare
     from converters.execute.shares import ShareRecord
 
 
@@ -42,7 +42,7 @@ def work_of(planned: PlannedOutput, verify: bool, overwrite: bool) -> moving.Wor
 
 def write_share(
     planned: PlannedOutput,
-    share: Share,
+    share: PlanShare,
     *,
     verify: bool = True,
     overwrite: bool = False,
@@ -86,7 +86,7 @@ def divisible(
     )
 
 
-def require_same_replicas(source: Source, share: Share | None = None) -> None:
+def require_same_replicas(source: Source, share: PlanShare | None = None) -> None:
     """``CheckpointError`` where ranks have other values of a tensor that only one of them
     is asked for; with ``share`` of every so many tensors one is compared."""
     if isinstance(source, MergedCheckpoint):

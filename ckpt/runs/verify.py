@@ -58,11 +58,13 @@ def verify(
     checkpoint: RunCheckpoint,
     data: bool = False,
     progress: Progress = quiet,
+    found_differences: Mapping[str, str] | None = None,
 ) -> Verification:
     """Checks every file's size, or with ``data`` every byte,
     and that the state files fit together.
 
-    Without ``data`` what was written after the manifest is found, too.
+    Without ``data`` what was written after the manifest is found, too. With
+    ``found_differences`` others have read the bytes, and how files differ is known.
 
     Of a checkpoint without a manifest only the latter, and it never counts as whole.
     """
@@ -73,7 +75,9 @@ def verify(
         return Verification(checkpoint, tuple(problems), (proof,) if proof else ())
 
     with locks.reading(checkpoint.folder):
-        differences = manifests.differences(checkpoint.folder, manifest, data, progress)
+        differences = dict(found_differences or {})
+        if found_differences is None:
+            differences = manifests.differences(checkpoint.folder, manifest, data, progress)
         if not data:
             rewritten_files = changes_since_commit(checkpoint.folder, manifest)
             differences = {**rewritten_files, **differences}

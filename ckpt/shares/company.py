@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt.shares.launch import Launch
 from converters.errors import CheckpointError
-from converters.execute.plan_shares import Share
+from converters.execute.plan_shares import PlanShare
 from converters.options import SHARE
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ class Company:
         self.done_bytes = 0
 
     @property
-    def share(self) -> Share:
+    def share(self) -> PlanShare:
         """The share that this process writes."""
-        return Share(self.launch.rank + 1, self.launch.count)
+        return PlanShare(self.launch.rank + 1, self.launch.count)
 
     @property
     def is_first(self) -> bool:
@@ -104,7 +104,9 @@ class Company:
 
         def show() -> None:
             nonlocal shown_bytes
-            with suppress(Exception):  # the store is gone: a step says so
+            from torch.distributed import DistError
+
+            with suppress(DistError):  # the store is gone: a step says so
                 while advance is not None and not ended.wait(INTERVAL):
                     total = self.done_bytes + self._others_bytes()
                     advance(total - shown_bytes)
@@ -125,12 +127,9 @@ class Company:
 
     def report(self, error: BaseException) -> None:
         """Tells the others of an error outside of a step."""
-        with suppress(Exception):
-            is_known = isinstance(error, (CheckpointError, OSError))
-            words = f"stopped by {type(error).__name__}"
-            self.ranks.report_failure(
-                error if isinstance(error, Exception) and is_known else CheckpointError(words)
-            )
+        if not isinstance(error, (CheckpointError, OSError)):
+            error = CheckpointError(f"stopped by {type(error).__name__}", "output")
+        self.ranks.report_failure(error)
 
     def leave(self) -> None:
         """Ends the meeting; where this process holds the store it waits for the others."""

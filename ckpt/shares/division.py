@@ -8,21 +8,22 @@ torchrun, srun ..  one share each, at the same time; rank 0 joins and prints
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt.shares.launch import SIGNS
 from converters.errors import CheckpointError
+from converters.options import SHARE
 from converters.plan import Plan
 
 if TYPE_CHECKING:
     from ckpt.shares.company import Company
     from ckpt.shares.moving import Work
     from ckpt.shares.share_folder import SharedCommand
-    from converters.execute.plan_shares import Share, Volume
+    from converters.execute.plan_shares import PlanShare, Volume
     from converters.execute.shares import ShareRecord
 
 
@@ -38,10 +39,10 @@ class Divisible:
     plan: Plan
     output: Path
     work: Callable[[], Work]
-    write_share: Callable[[Share, Callable[[int], Any], SharedCommand | None], ShareRecord]
+    write_share: Callable[[PlanShare, Callable[[int], Any], SharedCommand | None], ShareRecord]
     join: Callable[[int], Any]
 
-    def nbytes_of(self, share: Share) -> int:
+    def nbytes_of(self, share: PlanShare) -> int:
         """Bytes that a share writes."""
         from converters.execute.plan_shares import DividedPlan
 
@@ -93,7 +94,7 @@ class Division:
     ``command`` what each was called with.
     """
 
-    share: Share | None = None
+    share: PlanShare | None = None
     company: Company | None = None
     output: Path | None = None
     command: SharedCommand | None = None
@@ -112,6 +113,8 @@ class Division:
 
         try:
             yield
+        except SystemExit:
+            raise  # a result with another exit code
         except BaseException as error:
             self.company.report(error)
             raise
@@ -119,7 +122,7 @@ class Division:
             self.company.leave()
 
 
-def of_share(share: Share, arguments: Sequence[str]) -> Division | None:
+def of_share(share: PlanShare, arguments: Sequence[str]) -> Division | None:
     """The division that a user gives by hand; ``None`` for the only share of one."""
     if share.count == 1:
         return None
@@ -132,13 +135,11 @@ def of_launch(what: str, arguments: Sequence[str]) -> Division | None:
     ``what`` is the command, such as "ckpt to-fp32". ``CheckpointError`` where the
     processes cannot find each other.
     """
-    if not any(name in os.environ for name in SIGNS):
-        return None
-
     from ckpt.distributed import launchers
     from ckpt.shares import launch
 
-    launched = launch.launch_of(os.environ, launchers.ancestors())
+    is_interactive = sys.stdin is not None and sys.stdin.isatty()
+    launched = launch.launch_of(os.environ, launchers.ancestors(), is_interactive)
     if launched is None:
         return None
 
@@ -153,10 +154,10 @@ def _command(arguments: Sequence[str]) -> SharedCommand:
     from ckpt.shares.share_folder import SharedCommand
 
     words: list[str] = []
-    is_value = False
+    is_value, flag = False, SHARE.flag
     for word in arguments:
-        if not is_value and word != "--share" and not word.startswith("--share="):
+        if not is_value and word != flag and not word.startswith(f"{flag}="):
             words.append(word)
-        is_value = word == "--share"
+        is_value = word == flag
 
     return SharedCommand(tuple(words), str(Path.cwd()))

@@ -7,9 +7,10 @@
 
 Variables are inherited, so they say nothing alone: a script of a training that calls
 ``ckpt`` has them too, and so has a shell inside of an allocation. A command counts as
-started by the launcher itself where no Python program stands between them; in a shell
-of sbatch or salloc Slurm counts one task (``SLURM_STEP_NUM_TASKS``, which is that of the
-step, where ``SLURM_NTASKS`` is what the job asked for).
+started by the launcher itself where no Python program stands between them, and in a pod
+where nobody types at a terminal; in a shell of sbatch or salloc Slurm counts one task
+(``SLURM_STEP_NUM_TASKS``, which is that of the step, where ``SLURM_NTASKS`` is what the
+job asked for).
 
 Variables of torchrun: torch 2.13 ``distributed/elastic/agent/server/local_elastic_agent.py``;
 of Slurm: the manual page of srun; of Kubernetes: the documentation of Indexed Jobs.
@@ -25,7 +26,6 @@ from typing import Protocol
 
 from converters.errors import CheckpointError
 
-SIGNS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS", "JOB_COMPLETION_INDEX", "WORLD_SIZE")
 PORT = 29500  # torch's default
 SLURM_PORTS = range(20_000, 30_000)
 LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
@@ -60,10 +60,16 @@ class Launch:
     has_store: bool = False
 
 
-def launch_of(environment: Mapping[str, str], ancestry: Sequence[AncestorProcess]) -> Launch | None:
+def launch_of(
+    environment: Mapping[str, str],
+    ancestry: Sequence[AncestorProcess],
+    is_interactive: bool = False,
+) -> Launch | None:
     """The launch that these variables and processes tell of; ``None`` for a process alone.
 
-    ``CheckpointError`` where it is one of several that cannot find each other.
+    ``is_interactive`` is whether somebody types at a terminal, such as in a shell that
+    was opened in a pod. ``CheckpointError`` where it is one of several that cannot find
+    each other.
     """
     if _is_nested(ancestry):
         return None
@@ -77,6 +83,8 @@ def launch_of(environment: Mapping[str, str], ancestry: Sequence[AncestorProcess
     task_count = _number(environment, "SLURM_STEP_NUM_TASKS") or 1
     if task_count > 1:
         return _launch("srun", _number(environment, "SLURM_PROCID"), task_count, environment)
+    if is_interactive:
+        return None
     if rank is not None and "MASTER_ADDR" in environment:
         return _launch("the launcher", rank, count, environment)
 

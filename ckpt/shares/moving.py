@@ -26,7 +26,7 @@ from converters.storage import open_files
 
 if TYPE_CHECKING:
     from ckpt.shares.share_folder import SharedCommand
-    from converters.execute.plan_shares import Share
+    from converters.execute.plan_shares import PlanShare
     from converters.execute.shares import ShareRecord, ShareTask
 
 Progress = Callable[[int], Any]
@@ -107,7 +107,7 @@ def _moved_alone(
 
 def write_share(
     work: Work,
-    share: Share,
+    share: PlanShare,
     *,
     workers: int | None,
     progress: Progress,

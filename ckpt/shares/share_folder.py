@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from ckpt.folders import staging
 from ckpt.folders.filenames import COMMAND, JOINED, PLAN
@@ -31,7 +31,7 @@ from converters.accessors import entry, value
 from converters.errors import CheckpointError, MalformedError
 from converters.execute import shares
 from converters.execute.logbook import Logbook
-from converters.execute.plan_shares import Share
+from converters.execute.plan_shares import PlanShare
 from converters.execute.shares import ShareRecord, ShareTask
 from converters.options import SHARE
 from converters.storage import bounded_json, local
@@ -59,7 +59,11 @@ class ShareFolder(NamedTuple):
 
 @contextmanager
 def writing(
-    output: Path, task: ShareTask, share: Share, needed_bytes: int, command: SharedCommand | None
+    output: Path,
+    task: ShareTask,
+    share: PlanShare,
+    needed_bytes: int,
+    command: SharedCommand | None,
 ) -> Iterator[ShareFolder]:
     """The folder to write a share into, beside processes that write others.
 
@@ -191,16 +195,24 @@ def command_of(place: Path) -> SharedCommand:
     there are none."""
     require_shares(place)
     path = staging.folder_for(place) / COMMAND
+    document = _document(path)
     try:
-        document = bounded_json.loads(path.read_bytes())
         arguments = [value(word, str, "a word") for word in entry(document, "arguments", list)]
         return SharedCommand(tuple(arguments), entry(document, "folder", str))
-    except (OSError, ValueError, MalformedError) as error:
+    except MalformedError as error:
         raise CheckpointError(
             f"{path} does not say how the shares of {place} were written; write them again with "
             f"{SHARE('1/N')}",
             "output",
         ) from error
+
+
+def _document(path: Path) -> Any:
+    """The JSON of a file; ``None`` where there is none, or one that a crash cut short."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _require_all(output: Path, records: Sequence[ShareRecord | None]) -> None:
@@ -274,7 +286,7 @@ def _take(plan_file: IO[bytes], *, shared: bool) -> _Access:
 
 
 @contextmanager
-def _alone(folder: Path, share: Share) -> Iterator[None]:
+def _alone(folder: Path, share: PlanShare) -> Iterator[None]:
     """Keeps a second process from the same share."""
     path = _logbook_path(folder, share)
     fd = opening.descriptor(path, os.O_RDWR | os.O_CREAT)
@@ -293,17 +305,16 @@ def _alone(folder: Path, share: Share) -> Iterator[None]:
         os.close(fd)
 
 
-def _record(folder: Path, task: ShareTask, share: Share) -> ShareRecord | None:
+def _record(folder: Path, task: ShareTask, share: PlanShare) -> ShareRecord | None:
     """The record of a share whose files are there; ``None`` if there is none."""
     try:
-        document = json.loads(_record_path(folder, share).read_bytes())
-        record = shares.record_of(document)
-    except (OSError, ValueError, RecursionError, MalformedError):
-        return None  # none, or one that a crash cut short
+        record = shares.record_of(_document(_record_path(folder, share)))
+    except MalformedError:
+        return None
     return record if record.share == share and shares.is_intact(task, record, folder) else None
 
 
-def _discard(folder: Path, task: ShareTask, share: Share) -> None:
+def _discard(folder: Path, task: ShareTask, share: PlanShare) -> None:
     """Removes what a share wrote alone, after an error that makes it useless."""
     with suppress(OSError):
         for shard in task.divided.portions[share.number - 1].whole_shards:
@@ -316,13 +327,13 @@ def _text_of(task: ShareTask) -> bytes:
     return f"{task.divided.plan.digest()} in {task.divided.count} shares".encode()
 
 
-def _shares(count: int) -> list[Share]:
-    return [Share(number, count) for number in range(1, count + 1)]
+def _shares(count: int) -> list[PlanShare]:
+    return [PlanShare(number, count) for number in range(1, count + 1)]
 
 
-def _record_path(folder: Path, share: Share) -> Path:
+def _record_path(folder: Path, share: PlanShare) -> Path:
     return folder / f"share-{share.number}-of-{share.count}.json"
 
 
-def _logbook_path(folder: Path, share: Share) -> Path:
+def _logbook_path(folder: Path, share: PlanShare) -> Path:
     return folder / f"written-{share.number}-of-{share.count}.jsonl"

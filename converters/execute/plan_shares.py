@@ -24,7 +24,7 @@ MOST = 1 << 16  # shares of a plan
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class PlanShare:
     """Share ``number`` of ``count``, counted from 1, as text 3/16."""
 
     number: int
@@ -39,13 +39,13 @@ class Share:
         return f"share {self.number} of {self.count}"
 
 
-def parse(text: str) -> Share:
+def parse(text: str) -> PlanShare:
     """The share that a text such as 3/16 names; ``ValueError`` for any other text."""
     match = re.fullmatch(r"\s*(\d{1,6})/(\d{1,6})\s*", text)
     if match is None:
         raise ValueError(f"{text!r} is not a share; write 3/16 for the third of 16")
 
-    share = Share(int(match[1]), int(match[2]))
+    share = PlanShare(int(match[1]), int(match[2]))
     if not 1 <= share.number <= share.count <= MOST:
         raise ValueError(f"there is no share {text}; they are counted from 1/{share.count} on")
     return share
@@ -76,7 +76,7 @@ class Portion:
 class Volume(NamedTuple):
     """The bytes that one share reads, copies that prove the tensors included, and writes."""
 
-    share: Share
+    share: PlanShare
     read_bytes: int
     write_bytes: int
 
@@ -135,7 +135,7 @@ class DividedPlan:
                         read_bytes += nbytes * end // numel - nbytes * piece.start // numel
                         write_bytes += piece.nbytes
 
-            yield Volume(Share(number, self.count), read_bytes, write_bytes)
+            yield Volume(PlanShare(number, self.count), read_bytes, write_bytes)
 
     def _bounds(self) -> list[int]:
         """The bytes of the output that the shares begin at, and its end."""

@@ -173,7 +173,7 @@ def _move(
     plan: Plan, folder: Path, means: _Means, logbook: Logbook | None
 ) -> tuple[MoveReport, Passage]:
     checks = means.checks
-    report, passed = MoveReport(), Passage()
+    report, all_passages = MoveReport(), Passage()
     passages = logbook.passages(checks.verify, checks.count_specials) if logbook else {}
     for shard in plan.shards:
         target = folder / shard.filename
@@ -187,19 +187,19 @@ def _move(
             try:
                 mover, is_new = _made(shard, target, means, already_written)
             except UnlikeError as error:
-                require_undamaged(plan, passed.ledger, error.tensors)
+                require_undamaged(plan, all_passages.ledger, error.tensors)
                 raise
             passage = passage_of(mover)
             report.read += mover.read
             report.written += shard.nbytes if is_new else 0
 
-        passed.absorb(passage)
-        require_equal_and_in_range(plan, shard, passage, passed.ledger, checks)
+        all_passages.absorb(passage)
+        require_equal_and_in_range(plan, shard, passage, all_passages.ledger, checks)
         if logbook and shard.nbytes >= SMALL_BYTES and shard.filename not in passages:
             logbook.enter([shard.filename], passage, checks.verify, checks.count_specials)
 
-    report.overflowed = passed.overflowed
-    return report, passed
+    report.overflowed = all_passages.overflowed
+    return report, all_passages
 
 
 def require_equal_and_in_range(

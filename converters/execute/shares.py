@@ -21,7 +21,7 @@ from converters.accessors import entry, value
 from converters.execute import shards, small_files
 from converters.execute.logbook import Logbook
 from converters.execute.passage import Passage, ledger_of, numbers, passage_of, runs_document
-from converters.execute.plan_shares import DividedPlan, ShardRun, Share
+from converters.execute.plan_shares import DividedPlan, PlanShare, ShardRun
 from converters.execute.shards import CheckOptions, MoveReport
 from converters.execute.source_reader import UnlikeError
 from converters.execute.workers import Mover, Progress
@@ -41,17 +41,17 @@ class ShareRecord:
     ``passage`` is what was seen of the source, and ``verified`` and ``counted`` whether
     CRC32s were compared, and NaN and infinities counted. ``output`` has CRC32s of the
     runs that were written of cut shards, and ``file_numbers`` the number (inode) of each
-    such file, both by the shard's name. ``read`` and ``written`` are bytes.
+    such file, both by the shard's name. The other two count bytes.
     """
 
-    share: Share
+    share: PlanShare
     verified: bool
     counted: bool
     passage: Passage = field(default_factory=Passage)
     output: dict[str, Ledger] = field(default_factory=dict)
     file_numbers: dict[str, int] = field(default_factory=dict)
-    read: int = 0
-    written: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
 
     def as_document(self) -> dict[str, Any]:
         """The record as JSON has it."""
@@ -61,8 +61,8 @@ class ShareRecord:
             "counted": self.counted,
             "output": {name: runs_document(ledger) for name, ledger in self.output.items()},
             "file_numbers": self.file_numbers,
-            "read": self.read,
-            "written": self.written,
+            "read_bytes": self.read_bytes,
+            "written_bytes": self.written_bytes,
             **self.passage.as_document(),
         }
 
@@ -71,7 +71,7 @@ def record_of(document: Any) -> ShareRecord:
     """The record that a JSON document is; ``MalformedError`` if it is none of ours."""
     file_numbers = entry(document, "file_numbers", dict)
     return ShareRecord(
-        share=Share(*numbers(entry(document, "share", list), 2)),
+        share=PlanShare(*numbers(entry(document, "share", list), 2)),
         verified=entry(document, "verified", bool),
         counted=entry(document, "counted", bool),
         passage=passage_of(document),
@@ -80,8 +80,8 @@ def record_of(document: Any) -> ShareRecord:
             for name, runs in entry(document, "output", dict).items()
         },
         file_numbers={name: value(number, int, name) for name, number in file_numbers.items()},
-        read=entry(document, "read", int),
-        written=entry(document, "written", int),
+        read_bytes=entry(document, "read_bytes", int),
+        written_bytes=entry(document, "written_bytes", int),
     )
 
 
@@ -130,16 +130,16 @@ def write(
     shards.sync_folders(whole_plan, folder)
 
     record = ShareRecord(
-        share=Share(number, divided.count),
+        share=PlanShare(number, divided.count),
         verified=checks.verify,
         counted=checks.count_specials,
         passage=passage,
-        read=report.read,
-        written=report.written,
+        read_bytes=report.read,
+        written_bytes=report.written,
     )
 
     def advance(nbytes: int) -> None:
-        record.written += nbytes
+        record.written_bytes += nbytes
         progress(nbytes)
 
     with closing(SharedFiles()) as files:
@@ -174,7 +174,7 @@ def _enter(record: ShareRecord, run: ShardRun, mover: Mover, folder: Path) -> No
     record.passage.absorb(shards.passage_of(mover))
     record.output[name] = mover.output
     record.file_numbers[name] = _file_number(cut_path(folder, run.shard))
-    record.read += mover.read
+    record.read_bytes += mover.read
 
 
 def cut_path(folder: Path, shard: Shard) -> Path:
@@ -217,11 +217,14 @@ def join(task: ShareTask, records: Sequence[ShareRecord], folder: Path) -> MoveR
     ``shards.execute``.
     """
     plan, checks = task.divided.plan, task.checks
-    report, passage = MoveReport(), Passage()
+    passage = Passage()
     for record in records:
         passage.absorb(record.passage)
-        report.read += record.read
-        report.written += record.written
+
+    report = MoveReport(
+        read=sum(record.read_bytes for record in records),
+        written=sum(record.written_bytes for record in records),
+    )
 
     report.overflowed = passage.overflowed
     for shard in plan.shards:

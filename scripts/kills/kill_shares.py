@@ -4,8 +4,9 @@
 
 For every point: two processes write a share each, and a third command joins them. One of these
 is killed at its N-th file operation (tests/support/faults counts them; in every second round a
-write is cut in half first). The output may then be there whole, or not at all. Then all three run again,
-and the output has to have the bytes that one process makes. Exit code 1 if any point is not good.
+write is cut in half first). The output may then be there whole, or not at all. Then all three run
+again, and the output has to have the bytes that one process makes. Exit code 1 if any point is not
+good.
 """
 
 import shutil

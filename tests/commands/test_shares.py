@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -12,11 +14,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from json_table import require_documented
-from oracles import FIXTURES, run
+from oracles import FIXTURES, ROOT, run
 from stage0 import STATE
 from test_quantized_conversion import NF4, checkpoint, module_of
 
-from converters.execute.plan_shares import DividedPlan, Share, parse
+from converters.execute.plan_shares import DividedPlan, PlanShare, parse
 from converters.plan import Plan, Shard
 
 if TYPE_CHECKING:
@@ -104,6 +106,23 @@ def test_a_single_file_is_joined_by_its_name(tmp_path: Path) -> None:
 
     alone, joined = (tmp_path / name for name in ("alone.ckpt", "model.ckpt"))
     assert joined.read_bytes() == alone.read_bytes()
+
+
+def test_the_job_array_of_the_docs_makes_an_output(tmp_path: Path, forks: Forks) -> None:
+    page = (ROOT / "docs/scale.md").read_text()
+    (_, script) = re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)
+    (line,) = [line for line in script.splitlines() if line.startswith("ckpt ")]
+    (first, last) = re.findall(r"--array=(\d+)-(\d+)", script)[0]
+    shutil.copytree(SOURCE, tmp_path / "out/checkpoint-1")
+    for task in range(int(first), int(last) + 1):
+        words = shlex.split(line.replace("$SLURM_ARRAY_TASK_ID", str(task)))
+        ended = forks.run(words[1:], tmp_path, folder=tmp_path)
+        assert ended.status == 0, ended.said
+
+    ended = forks.run(["join", "model"], tmp_path, folder=tmp_path)
+    assert ended.status == 0, ended.said
+    run("to-fp32", tmp_path / "out/checkpoint-1", "-o", tmp_path / "alone")
+    assert contents(tmp_path / "model") == contents(tmp_path / "alone")
 
 
 def test_missing_shares_are_named_and_nothing_appears(
@@ -249,7 +268,7 @@ def test_every_byte_of_a_plan_is_in_one_share() -> None:
                 covered = [byte for part in parts for byte in part]
                 assert covered == list(range(divided.cut_shards[name].nbytes)), (name, parts)
             assert max(portion.nbytes for portion in divided.portions) <= -(-sum(sizes) // count)
-            assert str(Share(1, count)) == f"1/{count}"
+            assert str(PlanShare(1, count)) == f"1/{count}"
 
 
 def kill_points(forks: Forks, command: list[object], folder: Path, count: int) -> Iterator[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import warm_ranks
 from oracles import FIXTURES, ROOT, free_port, run, surroundings
 
 SOURCE = FIXTURES / "trainer-zero3/checkpoint-2"
+PAGE = ROOT / "docs/scale.md"
 COMMANDS = {
     "weights": ["to-fp32", str(SOURCE), "--dtype", "bf16", "--max-shard-size", "100KB"],
     "states": ["reshard", str(SOURCE), "--world-size", "3"],
@@ -66,6 +69,30 @@ def test_a_process_that_dies_is_named_by_the_others_and_the_next_run_continues(
     assert contents(output) == contents(tmp_path / "alone")
 
 
+@pytest.mark.parametrize("source", ["trainer-zero3/checkpoint-2", "committed"])
+def test_every_process_verifies_a_part(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(SOURCE, folder)
+    if source == "committed":
+        run("doctor", folder, "--adopt")
+    assert together(3, "verify", folder, "--data").returncode == 0
+
+    for path in sorted(folder.rglob("*optim_states.pt")):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        path.write_bytes(data)
+    capsys.readouterr()
+    run("verify", folder, "--data", code=1)
+    alone = capsys.readouterr().out
+    assert alone.count("optim_states.pt") >= 2
+
+    said = together(3, "verify", folder, "--data", SAYS=str(tmp_path / "said"))
+    assert said.returncode == 1
+    assert (tmp_path / "said").read_text() == alone
+
+
 def test_an_error_is_told_by_all_and_results_by_the_first(tmp_path: Path) -> None:
     ended = together(3, "to-fp32", tmp_path / "nowhere")
     assert ended.returncode == 1
@@ -75,21 +102,24 @@ def test_an_error_is_told_by_all_and_results_by_the_first(tmp_path: Path) -> Non
     assert ended.returncode == 0 and not list(tmp_path.iterdir())
 
 
-def by(launcher: list[str], output: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A conversion that a real launcher starts."""
-    command = [*launcher, "ckpt", *COMMANDS["weights"], "-o", str(output)]
-    variables = surroundings() | environment
-    run_options = {"capture_output": True, "text": True, "timeout": 120, "env": variables}
-    return subprocess.run([sys.executable, *command], **run_options)  # type: ignore[call-overload]
-
-
-def test_torchrun_starts_it(tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    ended = by([*torchrun, "--master_port", str(free_port()), "-m"], tmp_path / "out")
+def test_torchrun_starts_it_as_the_docs_say(tmp_path: Path) -> None:
+    (line, _) = re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+    words = line.split()
+    assert words[:2] == ["torchrun", "--nproc-per-node"]
+    shutil.copytree(SOURCE, tmp_path / "out/checkpoint-1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port())]
+    ended = subprocess.run(
+        [*torchrun, *words[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=surroundings(),
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert ended.stdout.splitlines()[0] == str(tmp_path / "out")
-    run(*COMMANDS["weights"], "-o", tmp_path / "alone")
-    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert ended.stdout.splitlines()[0] == "model"
+    run("to-fp32", tmp_path / "out/checkpoint-1", "-o", tmp_path / "alone")
+    assert contents(tmp_path / "model") == contents(tmp_path / "alone")
 
 
 def test_srun_starts_it(tmp_path: Path) -> None:

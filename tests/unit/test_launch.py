@@ -89,5 +89,6 @@ def test_an_indexed_job_is_told_how_many_there_are() -> None:
 def test_other_launchers_of_torch_are_heeded_and_one_process_is_alone() -> None:
     pod = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "master"}
     assert launch_of(pod, []) == Launch("the launcher", 0, 2, "master", 29500)
+    assert launch_of(pod, [SHELL], is_interactive=True) is None  # kubectl exec -it
     for one in (pod | {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {}):
         assert launch_of(one, []) is None

@@ -1,5 +1,6 @@
 """``ckpt`` as one of the processes of a launcher: ``shares_worker.py COMMAND...``.
 
+SAYS=PATH: all append what they print on stdout to that file.
 DIES=1/kill: rank 1 is killed as it begins its share. DIES=1/error: it finds its disk full there.
 """
 
@@ -28,4 +29,6 @@ if __name__ == "__main__":
     company.SILENCE = 2.0
     if os.environ.get("DIES", "").startswith(f"{os.environ['RANK']}/"):
         moving.write_share = write_share  # type: ignore[assignment]
+    if "SAYS" in os.environ:
+        os.dup2(os.open(os.environ["SAYS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     main(sys.argv[1:])

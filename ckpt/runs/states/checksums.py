@@ -18,7 +18,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, BinaryIO
@@ -110,6 +110,19 @@ class ChecksumPlan:
         indices.sort()
 
         return replace(self, checkables=tuple(self.checkables[index] for index in indices))
+
+    def part(self, number: int, count: int) -> ChecksumPlan:
+        """Part ``number`` (from 1 on) of ``count``, of about equal bytes; what is wrong
+        already is in the first."""
+        ends = accumulate(checkable.nbytes for checkable in self.checkables)
+        total = max(self.nbytes, 1)
+        checkables = tuple(
+            checkable
+            for checkable, end in zip(self.checkables, ends, strict=True)
+            if (end - checkable.nbytes) * count // total == number - 1
+        )
+        problems = self.problems if number == 1 else ()
+        return replace(self, checkables=checkables, problems=problems)
 
 
 def of_manifest(folder: Path, manifest: Manifest, deleted: Collection[str] = ()) -> ChecksumPlan:

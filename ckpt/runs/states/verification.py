@@ -10,9 +10,11 @@ by names and headers, or by their bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from ckpt.folders import locks
+from ckpt.runs import manifest as manifests
 from ckpt.runs import verify as by_manifest
 from ckpt.runs.digests import MISSING, Progress, quiet
 from ckpt.runs.foreign import intact_files, liveness, value_samples
@@ -120,29 +122,73 @@ def plan(status: CheckpointStatus, depth: Depth) -> VerificationPlan:
     return VerificationPlan(status, depth, checksum_plan, look)
 
 
-def execute(planned: VerificationPlan, progress: Progress = quiet) -> Verdict:
-    """Reads what is planned, and says whether the checkpoint is whole."""
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is wrong with bytes that were read: how files differ from the manifest, by
+    name, and lines on checksums."""
+
+    differences: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    def joined(self, reading: Reading) -> Reading:
+        """This and what another process has read."""
+        differences = {**self.differences, **reading.differences}
+        return Reading(differences, (*self.problems, *reading.problems))
+
+
+def read_part(
+    planned: VerificationPlan, number: int, count: int, progress: Progress = quiet
+) -> Reading:
+    """Reads part ``number`` (from 1 on) of ``count``, of about equal bytes."""
+    checkpoint = planned.status.checkpoint
+    manifest, folder = checkpoint.manifest, checkpoint.folder
+    with locks.reading(folder):
+        if planned.checksums is not None:
+            plan = planned.checksums.part(number, count)
+            return Reading(problems=tuple(checksums.execute(plan, progress)))
+        if manifest is None or planned.depth.word != "data":
+            return Reading()
+
+        begins = accumulate((file.size for file in manifest.files.values()), initial=0)
+        total = max(sum(file.size for file in manifest.files.values()), 1)
+        files = {
+            name: file
+            for (name, file), begin in zip(manifest.files.items(), begins, strict=False)
+            if min(begin * count // total, count - 1) == number - 1
+        }
+        part = replace(manifest, files=files)
+        return Reading(manifests.differences(folder, part, True, progress))
+
+
+def execute(
+    planned: VerificationPlan, progress: Progress = quiet, reading: Reading | None = None
+) -> Verdict:
+    """Reads what is planned, and says whether the checkpoint is whole.
+
+    With a ``reading`` the bytes were read already, part by part.
+    """
     status = planned.status
     if status.checkpoint.manifest is not None:
-        return _by_manifest(planned, progress)
+        return _by_manifest(planned, progress, reading)
     if not status.complete:
         return Verdict(status, planned.depth, (status.description,), ())
 
-    return _complete(planned, progress)
+    return _complete(planned, progress, reading)
 
 
-def _by_manifest(planned: VerificationPlan, progress: Progress) -> Verdict:
+def _by_manifest(planned: VerificationPlan, progress: Progress, reading: Reading | None) -> Verdict:
     """By the manifest, committed or not: sizes and headers, and every byte or a sample."""
     status, depth, checkpoint = planned.status, planned.depth, planned.status.checkpoint
     is_all = depth.word == "data"
-    verification = by_manifest.verify(checkpoint, is_all, progress)
+    differences = None if reading is None or not is_all else reading.differences
+    verification = by_manifest.verify(checkpoint, is_all, progress, differences)
     problems, proven = [*verification.problems], [*verification.proven]
     if checkpoint.committed and verification.spared:
         proven = [*_spared_lines(checkpoint, verification.spared), *proven]
     checked_bytes = planned.nbytes
     if planned.checksums is not None:
         with locks.reading(checkpoint.folder):
-            problems += checksums.execute(planned.checksums, progress)
+            problems += _problems(planned.checksums, progress, reading)
         proven.append(_checked_line(planned.checksums, depth, bool(problems)))
 
     return Verdict(status, depth, tuple(problems), tuple(proven), checked_bytes)
@@ -187,7 +233,14 @@ def is_recordable(checkpoint: RunCheckpoint, name: str) -> bool:
     return by_manifest.may_be_edited(checkpoint.folder, name, manifest.files[name])
 
 
-def _complete(planned: VerificationPlan, progress: Progress) -> Verdict:
+def _problems(
+    checksum_plan: ChecksumPlan, progress: Progress, reading: Reading | None
+) -> Sequence[str]:
+    """Lines on what is not as its checksum says, read now unless it was read already."""
+    return checksums.execute(checksum_plan, progress) if reading is None else reading.problems
+
+
+def _complete(planned: VerificationPlan, progress: Progress, reading: Reading | None) -> Verdict:
     """By what its writer writes, and by the checksums that its files have themselves."""
     status, depth, folder = planned.status, planned.depth, planned.status.checkpoint.folder
     proven = [status.description]
@@ -199,7 +252,7 @@ def _complete(planned: VerificationPlan, progress: Progress) -> Verdict:
     if checksum_plan is None:
         return Verdict(status, depth, (), tuple(proven))
 
-    problems = [*checksums.execute(checksum_plan, progress), *_unlike_values(status)]
+    problems = [*_problems(checksum_plan, progress, reading), *_unlike_values(status)]
     if planned.look is not None and planned.look != liveness.look(folder):
         problems.append("it changed while it was read: somebody is writing it; try again later")
 

@@ -2,7 +2,7 @@
 
 to_fp32       ``ckpt.to_fp32``, in one call
 convert       locate, plan, move, commit;  task  what was decided, as a value
-weight_work   the bytes that are moved, by one process or by several
+weight_shares  shares of them that several processes write
 record        conversion.json, as a value;  description  what it says of a conversion
 planning      what is written, step by step
 layout        the layout that is written, and copies in another one

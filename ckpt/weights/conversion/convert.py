@@ -22,7 +22,6 @@ from ckpt.weights.conversion import (
     planning,
     sources,
     weight_files,
-    weight_work,
 )
 from ckpt.weights.conversion.record import ConversionRecord
 from ckpt.weights.conversion.task import Conversion, Format
@@ -33,6 +32,7 @@ from ckpt.weights.request import DTYPES, Request
 from converters.detect import detect
 from converters.detect.filenames import TRAINER_STATE
 from converters.errors import CheckpointError
+from converters.execute.shards import CheckOptions
 from converters.options import TIED, UNTIE
 from converters.plan import Plan, Tied
 from converters.source import EXCLUDED, Source
@@ -255,7 +255,7 @@ def execute(
     interruption or a full disk, the same call continues with the missing shards.
     """
     output, texts, plan = conversion.output, conversion.texts, conversion.plan
-    work = weight_work.work_of(conversion, verify, allow_overflow, overwrite)
+    work = work_of(conversion, verify, allow_overflow, overwrite)
     with (
         staging.as_output_error(output),
         locks.reading(conversion.checkpoint.place.folder),
@@ -271,6 +271,25 @@ def execute(
         with staging.as_output_error(output):
             staging.take_file(work.output / plan.shards[0].filename, output)
     return record
+
+
+def work_of(
+    conversion: Conversion, verify: bool, allow_overflow: bool, overwrite: bool
+) -> moving.Work:
+    """What is moved; ``CheckpointError`` where the output cannot be made."""
+    checks = CheckOptions(
+        verify=verify,
+        exact_copies=conversion.strict,
+        remedy=conversion.remedy(),
+        allow_overflow=allow_overflow,
+        count_specials=True,
+    )
+    return moving.Work(
+        output=output_place.workplace(conversion, overwrite),
+        plan=conversion.plan,
+        nbytes=conversion.nbytes,
+        checks=checks,
+    )
 
 
 def require_output(conversion: Conversion, overwrite: bool = False) -> None:

@@ -91,12 +91,9 @@ def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
     saved, current = source.topology.degrees, layout.topology.degrees
     is_without_tp = saved.tensor_ranks == current.tensor_ranks == 1
     is_written = saved.stages > 1 and is_without_tp and layout.pipeline is not None
-    if current.stages > 1 and not is_written and saved.expert_ranks:
-        return (
-            "native files of several pipeline stages with experts are written of pipelines with "
-            "experts, without tensor parallelism, alone; resume with the degrees that it has"
-        )
     if current.stages > 1 and not is_written:
+        if saved.expert_ranks:  # whose universal folder DeepSpeed does not load
+            return "its experts are not written for such stages; resume with its own degrees"
         return (
             "native files of several pipeline stages are written of pipelines without tensor "
             f"parallelism alone: load a universal folder (ckpt to-universal {source.folder}), "
@@ -152,8 +149,7 @@ def _output_of(source: ResumePoint, layout: Layout) -> Path:
     degree += f"-tp{settings['tp']}" if "tp" in settings else ""
     if "ep" in settings and saved.degrees.expert_ranks != (settings["ep"],):
         degree += f"-ep{settings['ep']}"
-    name = f"{source.folder.name}{stage}{degree}-w{current.world_size}"
-    return source.folder.with_name(name)
+    return source.folder.with_name(f"{source.folder.name}{stage}{degree}-w{current.world_size}")
 
 
 def fitting(

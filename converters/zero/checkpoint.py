@@ -238,10 +238,10 @@ def _parameters(
     if model_files[0].setting("zero_optimization", "zenflow"):
         parameters.newer.update(parameters.copies)
         parameters.copies.clear()
-        place = ", where they were gathered beside the states" if stage == 3 else ""
+        condition = ", where they were gathered beside the states" if stage == 3 else ""
         parameters.notes.append(
             "ZenFlow: the fp32 weights lag the 16-bit ones, so these were not compared; "
-            f"ckpt to-fp32 --weights 16bit writes the newer ones{place}"
+            f"ckpt to-fp32 --weights 16bit writes the newer ones{condition}"
         )
 
     if excludes_frozen(stage, model_files[0]):

@@ -91,12 +91,11 @@ def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
     saved, current = source.topology.degrees, layout.topology.degrees
     is_without_tp = saved.tensor_ranks == current.tensor_ranks == 1
     is_written = source.is_pipeline and layout.pipeline is not None
-    if current.stages > 1 and saved.expert_ranks and not (is_written and is_without_tp):
-        return (
-            "native files of several pipeline stages with experts are written of pipelines with "
-            "experts, without tensor parallelism, alone; resume with the degrees that it has"
-        )
+    if saved.expert_ranks and not is_without_tp:
+        is_written = False
     if current.stages > 1 and not is_written:
+        if saved.expert_ranks:  # whose universal folder DeepSpeed does not load
+            return "its experts are not written for such stages; resume with its own degrees"
         return (
             "native files of several pipeline stages are written of pipelines alone: load a "
             f"universal folder (ckpt to-universal {source.folder}), which DeepSpeed cuts itself, "
@@ -151,8 +150,7 @@ def _output_of(source: ResumePoint, layout: Layout) -> Path:
     degree += f"-tp{settings['tp']}" if "tp" in settings else ""
     if "ep" in settings and saved.degrees.expert_ranks != (settings["ep"],):
         degree += f"-ep{settings['ep']}"
-    name = f"{source.folder.name}{stage}{degree}-w{current.world_size}"
-    return source.folder.with_name(name)
+    return source.folder.with_name(f"{source.folder.name}{stage}{degree}-w{current.world_size}")
 
 
 def fitting(

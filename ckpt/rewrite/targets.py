@@ -73,8 +73,8 @@ def _of_experts(source: ExpertsCheckpoint, degree: int, expert_ranks: int) -> Te
     if not source.layers and source.cuts_experts is not False:
         tensor_ranks = TensorRanks.of(source, degree, heads.key_heads(source))
         is_cut = any(
-            not cut.is_replicated
-            for name, cut in tensor_ranks.layouts.items()
+            not layout.is_replicated
+            for name, layout in tensor_ranks.layouts.items()
             if is_expert(name, set())
         )
         if source.cuts_experts or is_cut:

@@ -41,10 +41,12 @@ def of_reader(unwrapped: NamedWeights, audience: Audience, request: Request) -> 
 def _if_known(audience: Audience, model: NamedWeights) -> NamedWeights:
     """The weights under the model's names, if a table has theirs and the reader knows more
     of the names in it; else as they are."""
-    from ckpt.weights.layouts import framework_layout
+    if audience.config is None:
+        return model
+    from ckpt.weights.layouts import framework_layout  # which most checkpoints need not
 
-    names, config = parts.every_name(model.weights), audience.config
-    if config is None or framework_layout.framework_of(names, config) is None:
+    names = parts.every_name(model.weights)
+    if framework_layout.framework_of(names, audience.config) is None:
         return model
     try:
         renamed = _in_model_names(model, audience)

@@ -66,7 +66,7 @@ def read(path: Path, tag: str | None = None) -> ExpertsCheckpoint:
     stages = _stages(place, files)
     if not stages:
         return experts.read(path, tag)
-    return _whole(place, files, stages, reader.read(path, tag, complete=True))
+    return _whole_checkpoint(place, files, stages, reader.read(path, tag, complete=True))
 
 
 def parts_in(folder: Path) -> list[ExpertsCheckpoint]:
@@ -123,7 +123,7 @@ def _part(place: Place, files: FolderFiles, rank: int, lane: Lane) -> ExpertsChe
     return experts.of_groups(source, states, expert_ranks.read(states), paths)
 
 
-def _whole(
+def _whole_checkpoint(
     place: Place, files: FolderFiles, stages: Sequence[_Stage], source: Source
 ) -> ExpertsCheckpoint:
     """All parts as one model."""
@@ -131,7 +131,7 @@ def _whole(
     paths = [stage.first.ranks[0].path for stage in stages]
     agreement.require_same_count(paths, [part.groups for part in parts])
     groups = [
-        _joined(index, paths, stage_groups)
+        _joined_group(index, paths, stage_groups)
         for index, stage_groups in enumerate(zip(*(part.groups for part in parts), strict=True))
     ]
 
@@ -182,7 +182,7 @@ def _stage_groups(place: Place, files: FolderFiles, stage: _Stage, source: Sourc
     return _StageGroups(groups, first.expert_sizes, first.group_numel)
 
 
-def _joined(index: int, paths: Sequence[Path], groups: Sequence[ParamGroup]) -> ParamGroup:
+def _joined_group(index: int, paths: Sequence[Path], groups: Sequence[ParamGroup]) -> ParamGroup:
     """One param group of all stages: tied modules of the first that has them, then the layers."""
     named_alike = [replace(group, options=_without_name(group)) for group in groups]
     agreement.require_same_settings(index, paths, named_alike)

@@ -63,8 +63,7 @@ def assemble(model: State, parameters: Parameters, sources: Sequence[State]) -> 
             problem = "is tied to another" if name in aliases else "has no values"
             raise model.fail(f"{name} has values of its own, and {problem} at once")
 
-    later_tensors = [*parameters.copies.values(), *parameters.newer.values()]
-    stored_tensors = [*tensors.values(), *later_tensors]
+    copies, newer = parameters.copies.values(), parameters.newer.values()
     names = (*tensors, *aliases, *absent)
     frozen = frozenset(parameters.frozen if parameters.masters else parameters.excluded)
 
@@ -74,7 +73,7 @@ def assemble(model: State, parameters: Parameters, sources: Sequence[State]) -> 
         parameters.buffers & tensors.keys(),
         absent,
         parameters.copies,
-        located(stored_tensors, [state.file for state in sources]),
+        located([*tensors.values(), *copies, *newer], [state.file for state in sources]),
         (*module, *(name for name in names if name not in module)),
         frozen & tensors.keys(),
         trained=frozenset(parameters.masters) & tensors.keys(),

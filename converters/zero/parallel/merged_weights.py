@@ -40,12 +40,12 @@ def merged(lanes: Sequence[Weights], table: CutTable) -> tuple[Weights, dict[str
 
         cuts[name] = layout
         tensors[name] = _tensor(table, name, layout, shards)
-        for values, own in (
+        for values, refs in (
             (copies, [lane.copies.get(lane.aliases.get(name, name)) for lane in lanes]),
             (newer, [lane.newer.get(lane.aliases.get(name, name)) for lane in lanes]),
         ):
-            if all(_is_there(ref, shard) for ref, shard in zip(own, shards, strict=True)):
-                values[name] = _tensor(table, name, layout, own)
+            if all(_is_there(ref, shard) for ref, shard in zip(refs, shards, strict=True)):
+                values[name] = _tensor(table, name, layout, refs)
 
     table.require_known()
     return replace(_weights(lanes, tensors, copies, aliases), newer=newer), cuts

@@ -49,6 +49,7 @@ FOLDERS = [  # source, who makes the universal folder, ranks, stage, degrees
     (PARALLEL / FUSED, deepspeeds, 3, 2, {}),
     (PARALLEL / "mics_hier_w4", deepspeeds, 2, 3, {}),
     (FOLDED, to, 2, 2, {"ep": 2}),
+    (NUMBERED, to, 2, 3, {}),
 ]
 
 
@@ -66,7 +67,7 @@ def test_universal_folders_become_native_files(
     plan = universal.plan_from(folder, world, stage=stage, output=output, **degrees)
     assert plan.target is not None and plan.target.rank_count == world
     universal.execute(plan)
-    assert values_of(output) == values_of(source)
+    assert numbered(values_of(output)) == numbered(values_of(source))
 
 
 def test_a_folder_without_layer_files_is_refused(tmp_path: Path) -> None:

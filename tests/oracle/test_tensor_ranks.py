@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.module_inject.tp_shard import AutoTPMeta, get_shard_size_list
 from hardening.degrees import values_of
 from oracles import FIXTURES, run
 from test_parallel import FEW_HEADS, FROZEN, FUSED, MEGATRON, PARALLEL, affine, assert_true, value
@@ -133,6 +132,8 @@ def test_autotp_is_cut_between_heads_as_deepspeed_cuts_it_and_back(
     source: Path, rank_count: int, key_heads: int, tmp_path: Path
 ) -> None:
     """Some ranks may have nothing of a parameter."""
+    from deepspeed.module_inject.tp_shard import AutoTPMeta, get_shard_size_list
+
     saved = reader.read(source)
     plan = reshard.plan(source, rank_count, stage=1, tp=rank_count, output=tmp_path / "wide")
     assert any(f"share {key_heads} key heads" in note for note in plan.notes)

@@ -41,24 +41,16 @@ def merged(source: UnpartitionedPipeline, tied_key: str | None = None) -> Merged
     ``tied_key`` is the key of the tied module, where no buffer has it. ``CheckpointError``
     where the numbers have no names, or the tied module none.
     """
-    layers = _Layers.of(source, tied_key)
+    layers = _NamedLayers.of(source, tied_key)
     weights = layers.renamed(source.weights)
-    groups = [layers.group_of(number, weights) for number in range(len(source.models))]
-    paths = [model.path for model in source.models]
-    for index in range(1, len(groups)):
-        agreement.require_same_settings(0, [paths[0], paths[index]], [groups[0], groups[index]])
-
-    group = _whole(groups)
+    groups = [group for (group,) in groups_by_stage(source, tied_key)]
+    _require_same_settings(source, groups)
+    group = join_stages(groups)
     weights = replace(weights, frozen=weights.frozen - group.shapes.keys())
     first = source.models[0]
     topology = SourceTopology(source.world_size // len(source.models), 0)
     buffer_names = [name for name in weights.order if name in weights.buffers]
     changes = {"buffer_names": buffer_names, "optimizer": None}
-    nodes = {
-        f"{layers.prefix(number)}.{name}": node
-        for number, state in source.layers.items()
-        for name, node in object_graph.pairs(object_graph.read(state.path).root)
-    }
     model = whole_model(first, weights, [group], weights.tensors, topology)
     pipeline = layers.pipeline(weights, groups, topology.world_size)
 
@@ -79,7 +71,7 @@ def merged(source: UnpartitionedPipeline, tied_key: str | None = None) -> Merged
         source=pipeline,
         groups=(group,),
         model_paths=(first.path,),
-        layer_nodes=nodes,
+        layer_nodes=layers.nodes(),
         changes=changes,
         optimizer_entries=numbered_group.optimizer_entries(first),
     )
@@ -89,12 +81,19 @@ def groups_by_stage(
     source: UnpartitionedPipeline, tied_key: str | None = None
 ) -> list[list[ParamGroup]]:
     """The only param group of each stage."""
-    layers = _Layers.of(source, tied_key)
+    layers = _NamedLayers.of(source, tied_key)
     weights = layers.renamed(source.weights)
     return [[layers.group_of(number, weights)] for number in range(len(source.models))]
 
 
-def _whole(groups: Sequence[ParamGroup]) -> ParamGroup:
+def _require_same_settings(source: UnpartitionedPipeline, groups: Sequence[ParamGroup]) -> None:
+    """Raises unless the stages have the same options and states."""
+    first = source.models[0].path
+    for model, group in zip(source.models[1:], groups[1:], strict=True):
+        agreement.require_same_settings(0, [first, model.path], [groups[0], group])
+
+
+def join_stages(groups: Sequence[ParamGroup]) -> ParamGroup:
     """The groups of all stages as one; of a tied module the first stage's states."""
     shapes = {name: shape for group in groups for name, shape in group.shapes.items()}
     tied_names = [name for name in shapes if tied_modules.key_of(name) is not None]
@@ -109,7 +108,7 @@ def _whole(groups: Sequence[ParamGroup]) -> ParamGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layers:
+class _NamedLayers:
     """The layers of each stage, the one that is of a tied module, and its key."""
 
     source: UnpartitionedPipeline
@@ -118,7 +117,7 @@ class _Layers:
     key: str | None
 
     @staticmethod
-    def of(source: UnpartitionedPipeline, tied_key: str | None) -> _Layers:
+    def of(source: UnpartitionedPipeline, tied_key: str | None) -> _NamedLayers:
         """``CheckpointError`` where they are not known."""
         folder, by_stage = source.place.folder, source.stage_layers
         if by_stage is None:
@@ -129,25 +128,25 @@ class _Layers:
 
         counts = Counter(layer for layers in by_stage for layer in layers)
         repeated = [layer for layer, count in counts.items() if count > 1]
-        odd = [layers[0] for layers in by_stage if list(layers) != sorted(layers)]
-        if set(odd) - set(repeated):
+        tied_firsts = [layers[0] for layers in by_stage if list(layers) != sorted(layers)]
+        if set(tied_firsts) - set(repeated):
             raise CheckpointError(
-                f"{folder}: layer {odd[0]} is of a tied module, and no file says with which other "
-                "layer; ckpt to-fp32 takes its weights",
+                f"{folder}: layer {tied_firsts[0]} is of a tied module, and no file says with "
+                "which other layer; ckpt to-fp32 takes its weights",
                 "unsupported",
             )
         key = tied_key or _key_in_buffers(source)
         if key is not None and len(by_stage) == 1:  # where a tied module comes first
             repeated = [*by_stage[0][:1]]
         if not repeated:
-            return _Layers(source, by_stage, None, None)
+            return _NamedLayers(source, by_stage, None, None)
         if key is None:
             raise CheckpointError(
                 f"{folder}: layer {repeated[0]} is of a tied module, whose name no file has; "
                 f"reshard it with {PP('STAGES')}, which names it, as in {PP('0-2+NAME,3-+NAME')}",
                 "unsupported",
             )
-        return _Layers(source, by_stage, repeated[0], key)
+        return _NamedLayers(source, by_stage, repeated[0], key)
 
     def prefix(self, layer: int) -> str:
         """What the names of a layer's tensors begin with in the whole model."""
@@ -170,6 +169,14 @@ class _Layers:
             frozen=frozenset(map(self.name, weights.frozen)),
             trained=frozenset(map(self.name, weights.trained)),
         )
+
+    def nodes(self) -> dict[str, Any]:
+        """The values in the layer files by their names in the whole model, as trees."""
+        return {
+            f"{self.prefix(number)}.{name}": node
+            for number, state in self.source.layers.items()
+            for name, node in object_graph.pairs(object_graph.read(state.path).root)
+        }
 
     def group_of(self, number: int, weights: Weights) -> ParamGroup:
         """The param group of a stage."""

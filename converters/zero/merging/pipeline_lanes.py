@@ -11,11 +11,14 @@ whole.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from converters.errors import CheckpointError
 from converters.source import Source
 from converters.zero.merging import agreement, numbered_pipeline, pipeline, tensor_parallel
 from converters.zero.merging.checkpoint import MergedCheckpoint, whole_model
 from converters.zero.parallel.merged_source import TensorParallelCheckpoint
+from converters.zero.param_groups import ParamGroup
 from converters.zero.pipeline.stages import PipelineCheckpoint
 from converters.zero.pipeline.unpartitioned import UnpartitionedPipeline
 
@@ -37,14 +40,7 @@ def merged(source: Source, tied_key: str | None = None) -> MergedCheckpoint:
     tensor_parallel.require_no_averages(source)
     lanes = [_lane(lane) for lane in source.lanes]
     first = lanes[0]
-    groups_by_lane = [lane.groups for lane in lanes]
-    paths = [lane.ranks[0].path for lane in lanes]
-    agreement.require_same_count(paths, groups_by_lane)
-    groups = []
-    for index, lane_groups in enumerate(zip(*groups_by_lane, strict=True)):
-        agreement.require_same_settings(index, paths, lane_groups)
-        groups.append(tensor_parallel.group_of(source, lane_groups))
-
+    groups = list(_groups(source, lanes))
     values = {**source.weights.tensors, **first.model.module}
     model = whole_model(first.model, source.weights, groups, values, first.topology)
     return MergedCheckpoint(
@@ -70,6 +66,18 @@ def merged(source: Source, tied_key: str | None = None) -> MergedCheckpoint:
         cuts=source.cuts,
         tensor_ranks=len(lanes),
     )
+
+
+def _groups(
+    source: TensorParallelCheckpoint, lanes: Sequence[MergedCheckpoint]
+) -> Iterator[ParamGroup]:
+    """The param groups of the whole model, from what each tensor-parallel rank has of them."""
+    groups_by_lane = [lane.groups for lane in lanes]
+    paths = [lane.ranks[0].path for lane in lanes]
+    agreement.require_same_count(paths, groups_by_lane)
+    for index, lane_groups in enumerate(zip(*groups_by_lane, strict=True)):
+        agreement.require_same_settings(index, paths, lane_groups)
+        yield tensor_parallel.group_of(source, lane_groups)
 
 
 def _lane(lane: Source) -> MergedCheckpoint:

@@ -226,7 +226,7 @@ def _layout(
     if by_rule is not None or recorded is None:
         return by_rule
 
-    by_heads = rule.cut(name, recorded) if rule is not None else None
+    by_heads = rule.cut_of(name, recorded) if rule is not None else None
     if by_heads is not None:
         return by_heads
 

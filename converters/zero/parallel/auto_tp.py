@@ -48,18 +48,19 @@ class HeadRule:
         share, remainder = divmod(total // unit, self.rank_count)
         return [(share + (rank < remainder)) * unit for rank in range(self.rank_count)]
 
-    def cut(self, name: str, layout: Cut) -> Cut | None:
+    def cut_of(self, name: str, layout: Cut) -> Cut | None:
         """A saved cut for these ranks; ``None`` where its pieces do not lie so."""
         parts = degrees.sub_parameters(layout)
         if parts is None:
             return None
         widths = [self.widths((total, _has_heads(name))) for total in parts.widths]
         shapes = [
-            (*layout.shape[: parts.axis], sum(own), *layout.shape[parts.axis + 1 :])
-            for own in zip(*widths, strict=True)
+            (*layout.shape[: parts.axis], sum(rank_widths), *layout.shape[parts.axis + 1 :])
+            for rank_widths in zip(*widths, strict=True)
         ]
-        whole = cuts.in_parts(parts.axis, widths, shapes)
-        return replace(whole, pieces=tuple(piece for piece in whole.pieces if 0 not in piece.sizes))
+        new_layout = cuts.in_parts(parts.axis, widths, shapes)
+        pieces = tuple(piece for piece in new_layout.pieces if 0 not in piece.sizes)
+        return replace(new_layout, pieces=pieces)
 
 
 def rule_for(
@@ -76,7 +77,9 @@ def rule_for(
     fitting = [
         count
         for count in counts
-        if all(HeadRule(count, saved_count).widths(width) == own for width, own in saved.items())
+        if all(
+            HeadRule(count, saved_count).widths(width) == widths for width, widths in saved.items()
+        )
     ]
     rules = {
         tuple(map(tuple, map(rule.widths, saved))): rule
@@ -93,9 +96,9 @@ def _saved_widths(
         parts = degrees.sub_parameters(layout)
         if parts is None:
             continue
-        own_widths = _widths_of(layout, parts, saved_count)
-        for total, own in zip(parts.widths, own_widths, strict=True):
-            yield (total, _has_heads(name)), own
+        widths_by_part = _widths_of(layout, parts, saved_count)
+        for total, widths in zip(parts.widths, widths_by_part, strict=True):
+            yield (total, _has_heads(name)), widths
 
 
 def _widths_of(layout: Cut, parts: SubParameters, saved_count: int) -> list[list[int]]:

@@ -177,15 +177,14 @@ def _stage_groups(place: Place, files: FolderFiles, stage: _Stage, source: Sourc
     agreement.require_same_count(paths, [part.groups for part in parts])
     groups = []
     for index, lane_groups in enumerate(zip(*(part.groups for part in parts), strict=True)):
-        agreement.require_same_settings(index, paths, lane_groups)
+        _require_alike(index, paths, lane_groups)
         groups.append(tensor_parallel.group_of(source, lane_groups))
     return _StageGroups(groups, first.expert_sizes, first.group_numel)
 
 
 def _joined_group(index: int, paths: Sequence[Path], groups: Sequence[ParamGroup]) -> ParamGroup:
     """One param group of all stages: tied modules of the first that has them, then the layers."""
-    named_alike = [replace(group, options=_without_name(group)) for group in groups]
-    agreement.require_same_settings(index, paths, named_alike)
+    _require_alike(index, paths, groups)
     owners: dict[str, ParamGroup] = {}
     for group in groups:
         for name in group.shapes:
@@ -198,6 +197,13 @@ def _joined_group(index: int, paths: Sequence[Path], groups: Sequence[ParamGroup
     }
     shapes = {name: owners[name].shapes[name] for name in names}
     return replace(groups[0], shapes=shapes, values=values)
+
+
+def _require_alike(index: int, paths: Sequence[Path], groups: Sequence[ParamGroup]) -> None:
+    """Raises unless groups have the same options and states. Of two numbers of expert ranks,
+    whose groups are one here, another rank may have the other's name."""
+    nameless = [replace(group, options=_without_name(group)) for group in groups]
+    agreement.require_same_settings(index, paths, nameless)
 
 
 def _without_name(group: ParamGroup) -> dict[str, Any]:

@@ -72,8 +72,11 @@ def _single(path: Path) -> RunCheckpoint | None:
     """The checkpoint or model folder that a path is;
     ``None`` for a run with checkpoints."""
     if path.is_dir() and not is_checkpoint(path) and not is_run(path):
-        kind = detect(path).kind
-        if kind.holds_weights or kind.name in sharded.READ:
+        detection = detect(path)
+        is_sharded = detection.kind.name in sharded.READ
+        if is_sharded and detection.damage is not None:
+            raise detection.damage
+        if is_sharded or detection.kind.holds_weights:
             return open_checkpoint(path)
         if listing.checkpoints_in(path):  # of any trainer, as ckpt ls lists them
             return None

@@ -22,7 +22,6 @@ import math
 import struct
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,9 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from ckpt.runs.digests import FileRecord
 from ckpt.state import plain_reading
 from ckpt.state.plain_reading import ARRAYS, KEY, MAX_DEPTH
 from converters.errors import CheckpointError, MalformedError
-from converters.storage import local
 from converters.words import with_article
 
 LONG = 1 << 20  # bytes of structure; a safetensors header may have 100 MB
@@ -71,17 +68,10 @@ def dumps(state: Any, name: str = "state") -> bytes:
     return safetensors.torch.save(writer.tensors, metadata)
 
 
-def write(path: Path, state: Any) -> FileRecord:
-    """Writes ``dumps(state)``, whole or not at all, and returns its size and digest."""
-    data = dumps(state, str(path))
-    local.write_file(path, data)
-    return FileRecord(len(data), f"sha256:{sha256(data).hexdigest()}")
-
-
 def loads(source: bytes | Path) -> Any:
     """The state in a file or its bytes, tensors on the CPU.
 
-    ``CheckpointError`` if it is damaged, or was not written by ``write``.
+    ``CheckpointError`` if it is damaged, or does not hold what ``dumps`` returns.
     """
     name = "the state" if isinstance(source, bytes) else str(source)
     try:

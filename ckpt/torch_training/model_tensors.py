@@ -14,14 +14,13 @@ import torch
 
 from ckpt.engine.inventory import Inventory, tensor_ref
 from ckpt.engine.partitions import PartitionPiece
+from ckpt.state.distcp_file import SMALL
 from ckpt.torch_training import leaves
 from ckpt.torch_training.boxes import LocalBox, Owners, Shape
 from ckpt.torch_training.training import TorchTraining
 from converters import quantized, words
 from converters.errors import CheckpointError
 from converters.tensors import Weights
-
-SMALL = 1 << 10  # bytes of a tensor that rank 0 writes
 
 
 def inventory(training: TorchTraining) -> Inventory:

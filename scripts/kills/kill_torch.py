@@ -28,7 +28,7 @@ from ckpt.runs.manifest import check
 from ckpt.runs.run import Run
 from converters import detect
 
-PATIENCE = 10.0  # seconds without a sign of life until a rank counts as absent
+PATIENCE = 30.0  # seconds without a sign of life until a rank counts as absent
 KEEP = ckpt.Retention(last=1)
 Loop = tuple[Any, torch.optim.Optimizer]
 

@@ -25,6 +25,7 @@ from safetensors.torch import save
 
 from ckpt.runs.manifest import digest
 from ckpt.state import plain, rng
+from ckpt.state.plain_file import PlainFile
 from converters.errors import CheckpointError
 
 
@@ -116,7 +117,7 @@ def test_what_goes_in_comes_out_in_type_and_every_bit(state: Any) -> None:
 def test_a_file_has_the_size_and_digest_that_were_returned(tmp_path: Path) -> None:
     state = {"epoch": 3, "seen": {1, 2}, "order": torch.randperm(100), "raw": b"\0\1"}
     path = tmp_path / "extra_state_0.state"
-    assert plain.write(path, state) == digest(path)
+    assert PlainFile(state, str(path)).write(path) == digest(path)
     assert equal(plain.loads(path), state)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     with safe_open(path, "pt") as file:  # anyone can look into it
@@ -183,7 +184,7 @@ def test_a_state_that_holds_itself_is_refused(tmp_path: Path) -> None:
     state: dict[str, Any] = {}
     state["self"] = state
     with pytest.raises(CheckpointError, match="holds itself"):
-        plain.write(tmp_path / "x.safetensors", state)
+        PlainFile(state, str(tmp_path / "x.safetensors"))
     assert not list(tmp_path.iterdir())
 
 
@@ -276,7 +277,7 @@ def test_the_next_random_numbers_are_the_same_after_a_restore(tmp_path: Path) ->
     random.gauss(0, 1)  # the second of a pair is kept in the state
     np.random.randn()
     path = tmp_path / rng.NAME.format(0)
-    plain.write(path, rng.capture())
+    PlainFile(rng.capture(), str(path)).write(path)
     expected = drawn()
     assert drawn() != expected
     assert rng.restore(plain.loads(path)) == []
@@ -285,7 +286,7 @@ def test_the_next_random_numbers_are_the_same_after_a_restore(tmp_path: Path) ->
 
 def test_the_random_state_holds_in_another_process(tmp_path: Path) -> None:
     path = tmp_path / rng.NAME.format(1)
-    plain.write(path, rng.capture())
+    PlainFile(rng.capture(), str(path)).write(path)
     expected = drawn()
     code = (
         "import sys; sys.path[:0] = sys.argv[2:]\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,11 +60,13 @@ def verify(
     from ckpt.runs import user_paths
     from ckpt.runs.states import verification
 
+    company = None if division is None else division.company
     depth = _depth(data, percent, seed)
+    if company is not None and percent is not None:
+        depth = replace(depth, seed=company.of_first(depth.seed))
     statuses = statuses_at(path, takes_weights=True)
     with planned.progress(len(statuses), path.name, "checkpoint") as advance:
         plans = verification.plans(statuses, depth, advance)
-    company = None if division is None else division.company
     if company is not None:
         readings = _read_together(plans, company, path.name)
         if not company.is_first:

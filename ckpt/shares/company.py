@@ -23,7 +23,7 @@ from converters.execute.plan_shares import PlanShare
 from converters.options import SHARE
 
 if TYPE_CHECKING:
-    from ckpt.distributed.step import Step
+    from ckpt.distributed.step import Json, Step
 
 STARTING = 600.0  # seconds in which all processes have to come
 SILENCE = 60.0  # seconds without a sign of life until one of them counts as gone
@@ -65,6 +65,12 @@ class Company:
             except Exception:
                 traceback.print_exc()  # a bug of ours: the others are told its last line
                 raise
+
+    def of_first(self, value: Json) -> Json:
+        """The value that the first process brings, in all of them."""
+        with self.step() as agreeing:
+            agreeing.value = value
+        return agreeing.heard[0]
 
     def require_same(self, digest: str) -> None:
         """``CheckpointError`` unless all processes made the same plan."""

@@ -186,8 +186,14 @@ def place_of(output: Path) -> Path:
 def count_of(place: Path) -> int:
     """How many shares make the output at ``place``."""
     require_shares(place)
-    *_, count, _ = (staging.folder_for(place) / PLAN).read_text("utf-8").split() or ["", "0", ""]
-    return int(count)
+    path = staging.folder_for(place) / PLAN
+    words = path.read_text("utf-8").split()
+    if len(words) != 4 or not words[2].isdecimal():
+        raise CheckpointError(
+            f"{path} is of a process that works alone, and of no shares; that command continues it",
+            "output",
+        )
+    return int(words[2])
 
 
 def command_of(place: Path) -> SharedCommand:
@@ -252,7 +258,8 @@ def _enter(plan_file: IO[bytes], output: Path, text: bytes, command: SharedComma
     if plan_file.read() != text:
         raise CheckpointError(
             f"{folder} is in use: processes write shares of another plan of {output}, of other "
-            "options or another number of shares; let them end, or choose another output",
+            f"options or another number of shares; let them end, remove {folder} where none is at "
+            "work, or choose another output",
             "output",
         )
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -152,6 +153,31 @@ def test_a_share_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     next(staged.glob("*.cut")).unlink()  # what it wrote is not there any more
     run(*command)
     run(*command[:-1], "2/2")
+    run("join", output)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no flock")
+def test_processes_keep_off_what_another_one_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fcntl
+
+    output = tmp_path / "out"
+    command = [*COMMANDS["shards"], "-o", output]
+    run(*command, "--share", "1/2")
+    staged = staging_of(output)
+    with (staged / "plan.json").open() as plan, (staged / "written-1-of-2.jsonl").open() as log:
+        fcntl.flock(plan, fcntl.LOCK_SH)
+        fcntl.flock(log, fcntl.LOCK_EX)
+        run(*command, "--share", "1/2", code=1)
+        assert "another process writes share 1 of 2" in capsys.readouterr().err
+        run(*command, code=1)
+        run("join", output, code=1)
+        assert capsys.readouterr().err.count("in use: another conversion writes") == 2
+        run(*command, "--share", "1/3", code=1)
+        assert "processes write shares of another plan" in capsys.readouterr().err
+        run(*command, "--share", "2/2")
+
     run("join", output)
 
 

@@ -78,6 +78,7 @@ def test_every_process_verifies_a_part(
     if source == "committed":
         run("doctor", folder, "--adopt")
     assert together(3, "verify", folder, "--data").returncode == 0
+    assert together(2, "verify", folder, "--sample", "50%").returncode == 0  # of one seed
 
     for path in sorted(folder.rglob("*optim_states.pt")):
         data = bytearray(path.read_bytes())

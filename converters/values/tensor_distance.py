@@ -97,7 +97,7 @@ class BlockDistances:
         if first.dtype != second.dtype:
             return len(first)
         octets = [side.view(np.uint8) for side in (first, second)]
-        if np.array_equal(*octets):
+        if np.array_equal(octets[0], octets[1]):
             return 0
         rows = np.not_equal(*(side.reshape(len(first), -1) for side in octets))
         return int(np.count_nonzero(rows.any(axis=1)))
@@ -115,8 +115,8 @@ class BlockDistances:
         squares = [float(np.dot(side, side)) for side in (doubles, others)]
         if not all(map(math.isfinite, squares)):
             maximum = _unlike_infinities(doubles, others)
-            both = np.isfinite(doubles) & np.isfinite(others)
-            doubles, others = doubles[both], others[both]
+            is_finite = np.isfinite(doubles) & np.isfinite(others)
+            doubles, others = doubles[is_finite], others[is_finite]
             squares = [float(np.dot(side, side)) for side in (doubles, others)]
         if changed and len(doubles):
             differences = np.subtract(doubles, others, out=doubles)
@@ -165,12 +165,12 @@ def joined(parts: Sequence[TensorDistance]) -> TensorDistance:
 def _changed(first: Array, second: Array) -> int:
     """Elements with other numbers; NaN in both are the same."""
     numbers_of_both = numbers.real(first), numbers.real(second, "second")
-    unlike = np.not_equal(*numbers_of_both)
-    count = int(np.count_nonzero(unlike))
+    has_changed = np.not_equal(*numbers_of_both)
+    count = int(np.count_nonzero(has_changed))
     if not count:
         return 0
 
-    pairs = [side[unlike] for side in numbers_of_both]
+    pairs = [side[has_changed] for side in numbers_of_both]
     if any(pair.dtype.kind != "f" for pair in pairs):
         return count
     return count - int(np.count_nonzero(np.isnan(pairs[0]) & np.isnan(pairs[1])))

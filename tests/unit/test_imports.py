@@ -159,7 +159,8 @@ def test_help_loads_the_commands_alone(tmp_path: Path) -> None:
     loaded = ours(loaded_by(["--help"], tmp_path))
     assert {name for name in loaded if name.startswith(("ckpt.", "converters."))} <= {
         *("ckpt.cli", "ckpt.cli.main", "ckpt.version", "converters.errors", "converters.options"),
-        *("ckpt.cli.crossing", "ckpt.cli.crossing.dcp"),
+        *("ckpt.cli.crossing", "ckpt.cli.crossing.dcp", "ckpt.cli.inspection"),
+        *(f"ckpt.cli.inspection.{name}" for name in ("differences", "numbers", "tables")),
         *("converters.words", "ckpt.cli.usage", "ckpt.cli.usage.command", "ckpt.cli.planned"),
         *(f"ckpt.cli.{name}" for name in ("doctor", "hub", "latest", "maintenance", "options")),
         *(

@@ -5,6 +5,7 @@ checkpoints  show: one checkpoint, its adapters, its quantized weights
 conversion   to-fp32, and what was proven of weights
 runs         ls, verify, latest, pin, prune
 upkeep       doctor, slim, collect
+inspection   stats, diff
 hub          push, pull
 
 ``ckpt.results`` turns them into JSON, docs/json.md explains each key. reshard,

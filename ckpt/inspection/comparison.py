@@ -12,7 +12,7 @@ from converters.execute.workers import Progress
 from converters.names import selection
 from converters.tensors import TensorRef
 from converters.values import blocks, tensor_distance
-from converters.values.blocks import Series, ChecksumReport
+from converters.values.blocks import ChecksumReport, Series
 from converters.values.tensor_distance import BlockDistances, TensorDistance
 
 

@@ -9,7 +9,7 @@ from ckpt.inspection.contents import CheckpointTensors
 from converters.execute.workers import Progress
 from converters.tensors import TensorRef
 from converters.values import blocks, numbers, tensor_statistics
-from converters.values.blocks import Series, ChecksumReport
+from converters.values.blocks import ChecksumReport, Series
 from converters.values.tensor_statistics import BlockSums, TensorStatistics
 
 

@@ -96,11 +96,9 @@ class BlockDistances:
     def _unlike_bits(self, first: Array, second: Array) -> int:
         if first.dtype != second.dtype:
             return len(first)
-        octets = [side.view(np.uint8) for side in (first, second)]
-        if np.array_equal(octets[0], octets[1]):
-            return 0
-        rows = np.not_equal(*(side.reshape(len(first), -1) for side in octets))
-        return int(np.count_nonzero(rows.any(axis=1)))
+        bits = [_bits(side) for side in (first, second)]
+        unlike_bits = np.not_equal(bits[0], bits[1])
+        return int(np.count_nonzero(unlike_bits if unlike_bits.ndim == 1 else unlike_bits.any(1)))
 
     def _add_numbers(self, first: Array, second: Array, unlike_bits: int) -> None:
         doubles = numbers.doubles(numbers.real(first))
@@ -160,6 +158,14 @@ def joined(parts: Sequence[TensorDistance]) -> TensorDistance:
             math.fsum(part.squared_norms[1] for part in parts),
         ),
     )
+
+
+def _bits(elements: Array) -> Array:
+    """The elements as whole numbers of the same bits; as rows of bytes where there are none."""
+    size = elements.dtype.itemsize
+    if size in (1, 2, 4, 8):
+        return elements.view(f"u{size}")
+    return elements.view(np.uint8).reshape(len(elements), size)
 
 
 def _changed(first: Array, second: Array) -> int:

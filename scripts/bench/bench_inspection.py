@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import click
@@ -72,8 +73,11 @@ def main(folder: Path, size: float, dtype: str, runs: int) -> None:
     folder.mkdir(parents=True)
     try:
         paths = [folder / f"{name}.safetensors" for name in "ab"]
-        for seed, path in enumerate(paths):
-            make_file(path, int(size * 1e9), dtype, seed)
+        for seed, path in enumerate(paths):  # in processes of their own: memory is inherited
+            arguments = (path, int(size * 1e9), dtype, seed)
+            process = get_context("spawn").Process(target=make_file, args=arguments)
+            process.start()
+            process.join()
 
         first, second = map(str, paths)
         ckpt = [sys.executable, "-m", "ckpt"]

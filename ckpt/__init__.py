@@ -6,6 +6,7 @@ plain_torch/         a training without DeepSpeed, seen as an engine
 torch_training/      a plain torch training as a distributed checkpoint, and back
 distributed/         steps that all ranks take, or none
 live/, weights/      weights of a running training, and of a checkpoint
+inspection/          the numbers of a checkpoint, and how two differ
 rewrite/             other ranks, another stage, the universal format, torch's DCP
 runs/, folders/      the checkpoints of a run; folders that are there whole or not at all
 shares/              one output made by several processes

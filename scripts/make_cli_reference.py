@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "cli.md"
 WIDTH = 78  # columns, as click prints on a terminal of 80; it does not wrap examples
 
 GROUPS = {  # the sections of the page; a command that no section names comes last
-    "Weights": ("show", "to-fp32"),
+    "Weights": ("show", "stats", "diff", "to-fp32"),
     "Training states": (
         *("reshard", "to-universal", "from-universal"),
         *("to-dcp", "from-dcp", "join"),
@@ -35,6 +35,8 @@ GROUPS = {  # the sections of the page; a command that no section names comes la
 }
 PAGES = {  # the page that explains a command
     "show": "to-fp32.md",
+    "stats": "inspect.md",
+    "diff": "inspect.md#how-two-checkpoints-differ",
     "to-fp32": "to-fp32.md",
     "push": "push.md",
     "pull": "push.md#to-resume-elsewhere",

@@ -7,6 +7,7 @@ joining/        join, which ends what these began in shares
 runs            ls, prune, pin, unpin;  verify, latest  the commands of these names
 maintenance     slim, collect;  doctor  the command of this name
 hub             push, pull
+inspection/     stats, diff
 planned         dry run, bar of bytes, JSON and messages, of them all
 results/        what they print, as values
 usage/          what was typed wrong, and what to type instead

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt.inspection import matching
-from ckpt.inspection.contents import Contents
-from ckpt.inspection.matching import Matching, Tie
+from ckpt.inspection.contents import CheckpointTensors
+from ckpt.inspection.matching import Tie
 from converters.execute.workers import Progress
 from converters.names import selection
 from converters.tensors import TensorRef
 from converters.values import blocks, tensor_distance
-from converters.values.blocks import Series, Verification
+from converters.values.blocks import ChecksumReport, Series
 from converters.values.tensor_distance import BlockDistances, TensorDistance
 
 
@@ -38,7 +38,7 @@ class ComparisonPlan:
     names so that they fit.
     """
 
-    sides: tuple[Contents, Contents]
+    sides: tuple[CheckpointTensors, CheckpointTensors]
     pairs: tuple[TensorPair, ...]
     other_shapes: tuple[TensorPair, ...]
     only_first: tuple[str, ...]
@@ -57,7 +57,7 @@ class ComparisonPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class CheckpointComparison:
     """The distance of each pair of tensors, and of all together.
 
     With ``is_exact`` bits were compared, otherwise numbers, which may be up to
@@ -67,7 +67,7 @@ class Comparison:
     plan: ComparisonPlan
     by_name: Mapping[str, TensorDistance]
     total: TensorDistance
-    verification: Verification
+    verification: ChecksumReport
     is_exact: bool
     tolerance: float
 
@@ -75,10 +75,10 @@ class Comparison:
     def is_same(self) -> bool:
         """Whether nothing differs."""
         plan = self.plan
-        return not (plan.only_first or plan.only_second or plan.other_shapes or self.unlike)
+        return not (plan.only_first or plan.only_second or plan.other_shapes or self.unlike_names)
 
     @property
-    def unlike(self) -> list[str]:
+    def unlike_names(self) -> list[str]:
         """The names of tensors that are not the same in both."""
         return [name for name, distance in self.by_name.items() if self.is_unlike(distance)]
 
@@ -100,7 +100,9 @@ class Comparison:
         return {name: tensor_distance.joined(of_one) for name, of_one in parts.items()}
 
 
-def plan(first: Contents, second: Contents, globs: Sequence[str] = ()) -> ComparisonPlan:
+def plan(
+    first: CheckpointTensors, second: CheckpointTensors, globs: Sequence[str] = ()
+) -> ComparisonPlan:
     """The tensors that both have under one name; reads headers alone.
 
     A name that is tied to one that both have is not missed. ``globs`` choose by names,
@@ -136,7 +138,7 @@ def execute(
     verify: bool = True,
     progress: Progress = lambda _: None,
     threads: int = blocks.THREADS,
-) -> Comparison:
+) -> CheckpointComparison:
     """Reads every pair once. ``progress`` gets the bytes that are read.
 
     ``is_exact`` compares bits, and so types, too; ``tolerance`` is the largest
@@ -158,7 +160,7 @@ def execute(
     by_name = {pair.name: result for pair, result in zip(plan.pairs, results, strict=True)}
     total = tensor_distance.joined(results)
 
-    return Comparison(plan, by_name, total, verification, is_exact, tolerance)
+    return CheckpointComparison(plan, by_name, total, verification, is_exact, tolerance)
 
 
 def _chosen(

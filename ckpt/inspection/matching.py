@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ckpt.inspection.contents import WEIGHTS, Contents
+from ckpt.inspection.contents import WEIGHTS, CheckpointTensors
 from ckpt.weights.naming import naming
 from ckpt.weights.opening import opened_adapter, wished_names
 from converters.errors import CheckpointError
@@ -53,7 +53,7 @@ class Matching:
         return "; ".join(lines) or None
 
 
-def match(first: Contents, second: Contents) -> Matching:
+def match(first: CheckpointTensors, second: CheckpointTensors) -> Matching:
     """The forms of both in which the most names are common, the simplest of these."""
     stored = Matching((_stored(first), _stored(second)))
     names = [_names(form.weights) for form in stored.forms]
@@ -61,9 +61,7 @@ def match(first: Contents, second: Contents) -> Matching:
         return stored
 
     second_forms = list(_forms(second))
-    candidates = [
-        Matching((form, other)) for form in _forms(first) for other in second_forms
-    ]
+    candidates = [Matching((form, other)) for form in _forms(first) for other in second_forms]
     best = max(candidates, key=_common_count)  # the first of those that are as good
     unprefixed = _without_prefix(stored)
     is_better = unprefixed is not None and _common_count(unprefixed) > _common_count(best)
@@ -93,11 +91,11 @@ def _common_count(matching: Matching) -> int:
     return len(_names(first.weights) & _names(second.weights))
 
 
-def _stored(contents: Contents) -> NamesForm:
+def _stored(contents: CheckpointTensors) -> NamesForm:
     return NamesForm(AS_STORED, contents.weights)
 
 
-def _forms(contents: Contents) -> Iterator[NamesForm]:
+def _forms(contents: CheckpointTensors) -> Iterator[NamesForm]:
     """The names in each form that they can be had in."""
     weights, source = contents.weights, contents.source
     yield _stored(contents)
@@ -136,9 +134,7 @@ def _prefix(weights: Weights, others: Weights) -> str | None:
         return None
 
     ending = f".{name}"
-    prefixes = sorted(
-        (long.removesuffix(name) for long in names if long.endswith(ending)), key=len
-    )
+    prefixes = sorted((long.removesuffix(name) for long in names if long.endswith(ending)), key=len)
     counts = {p: sum(p + short in names for short in other_names) for p in prefixes}
     return max(counts, key=counts.__getitem__, default=None)
 

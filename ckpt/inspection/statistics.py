@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ckpt.inspection.contents import Contents
+from ckpt.inspection.contents import CheckpointTensors
 from converters.execute.workers import Progress
 from converters.tensors import TensorRef
 from converters.values import blocks, numbers, tensor_statistics
-from converters.values.blocks import Series, Verification
+from converters.values.blocks import ChecksumReport, Series
 from converters.values.tensor_statistics import BlockSums, TensorStatistics
 
 
@@ -18,7 +18,7 @@ class StatisticsPlan:
     """The tensors whose numbers are looked at, and those that are passed over, with the
     reason."""
 
-    contents: Contents
+    contents: CheckpointTensors
     tensors: Mapping[str, TensorRef]
     unread: Mapping[str, str]
 
@@ -39,13 +39,13 @@ class CheckpointStatistics:
 
     by_name: Mapping[str, TensorStatistics]
     total: TensorStatistics
-    verification: Verification
+    verification: ChecksumReport
 
 
-def plan(contents: Contents) -> StatisticsPlan:
+def plan(contents: CheckpointTensors) -> StatisticsPlan:
     """The tensors of real numbers; others are named. Tied tensors are looked at once."""
     weights = contents.weights
-    unread = dict(contents.unread or {})
+    unread = dict(contents.unread)
     tensors = {}
     for name, ref in weights.tensors.items():
         if numbers.are_real(ref.dtype):

@@ -53,9 +53,9 @@ class Visitor(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Verification:
-    """Bytes that agree with their CRC32s, and those of records that were not read whole,
-    or that have none."""
+class ChecksumReport:
+    """Bytes of records that agree with their CRC32s, and bytes of tensors in other records:
+    those without a CRC32, and those of which only a part was read."""
 
     checked_bytes: int = 0
     unchecked_bytes: int = 0
@@ -68,7 +68,7 @@ def visit(
     *,
     progress: Progress = lambda _: None,
     threads: int = THREADS,
-) -> Verification:
+) -> ChecksumReport:
     """Reads every series once, in blocks, and compares the CRC32s of what was read.
 
     ``checksums`` are those of the files, ``None`` where nothing is to be verified.
@@ -84,11 +84,12 @@ def visit(
         ]
         _Passage(series, visitor, movers, progress).run(threads)
 
+    nbytes = sum(each.nbytes for each in series)
     if checksums is None:
-        return Verification(0, sum(each.nbytes for each in series))
+        return ChecksumReport(0, nbytes)
 
     refs = [ref for each in series for ref in each.tensors]
-    return _verify(proving(refs, checksums), ledger)
+    return _verify(proving(refs, checksums), ledger, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,16 +186,16 @@ def _readings(series: Sequence[Series], sides: int) -> Iterator[_Reading]:
             yield _Reading(index, offsets, start, min(PIECE, count - start))
 
 
-def _verify(records: Sequence[Checksum], ledger: Ledger) -> Verification:
+def _verify(records: Sequence[Checksum], ledger: Ledger, nbytes: int) -> ChecksumReport:
     """Compares the records that passed whole, or nearly so; others would have to be read."""
-    checkable, unread_bytes = [], 0
+    checkable, proven_bytes = [], 0
     for record in records:
         length = record.extent.length
         passed_bytes = ledger.passed_bytes(record.extent)
-        if length - passed_bytes <= length * MAX_UNREAD_SHARE:
+        is_nearly_whole = length - passed_bytes <= length * MAX_UNREAD_SHARE
+        if record.crc32 is not None and is_nearly_whole:
             checkable.append(record)
-        else:
-            unread_bytes += passed_bytes
+            proven_bytes += passed_bytes
 
-    checked_bytes, bare_bytes = ledger.check(checkable)
-    return Verification(checked_bytes, bare_bytes + unread_bytes)
+    checked_bytes, _ = ledger.check(checkable)
+    return ChecksumReport(checked_bytes, max(nbytes - proven_bytes, 0))

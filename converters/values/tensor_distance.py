@@ -96,11 +96,9 @@ class BlockDistances:
     def _unlike_bits(self, first: Array, second: Array) -> int:
         if first.dtype != second.dtype:
             return len(first)
-        octets = [side.view(np.uint8) for side in (first, second)]
-        if np.array_equal(*octets):
-            return 0
-        rows = np.not_equal(*(side.reshape(len(first), -1) for side in octets))
-        return int(np.count_nonzero(rows.any(axis=1)))
+        bits = [_bits(side) for side in (first, second)]
+        unlike_bits = np.not_equal(bits[0], bits[1])
+        return int(np.count_nonzero(unlike_bits if unlike_bits.ndim == 1 else unlike_bits.any(1)))
 
     def _add_numbers(self, first: Array, second: Array, unlike_bits: int) -> None:
         doubles = numbers.doubles(numbers.real(first))
@@ -115,8 +113,8 @@ class BlockDistances:
         squares = [float(np.dot(side, side)) for side in (doubles, others)]
         if not all(map(math.isfinite, squares)):
             maximum = _unlike_infinities(doubles, others)
-            both = np.isfinite(doubles) & np.isfinite(others)
-            doubles, others = doubles[both], others[both]
+            is_finite = np.isfinite(doubles) & np.isfinite(others)
+            doubles, others = doubles[is_finite], others[is_finite]
             squares = [float(np.dot(side, side)) for side in (doubles, others)]
         if changed and len(doubles):
             differences = np.subtract(doubles, others, out=doubles)
@@ -162,15 +160,23 @@ def joined(parts: Sequence[TensorDistance]) -> TensorDistance:
     )
 
 
+def _bits(elements: Array) -> Array:
+    """The elements as whole numbers of the same bits; as rows of bytes where there are none."""
+    size = elements.dtype.itemsize
+    if size in (1, 2, 4, 8):
+        return elements.view(f"u{size}")
+    return elements.view(np.uint8).reshape(len(elements), size)
+
+
 def _changed(first: Array, second: Array) -> int:
     """Elements with other numbers; NaN in both are the same."""
     numbers_of_both = numbers.real(first), numbers.real(second, "second")
-    unlike = np.not_equal(*numbers_of_both)
-    count = int(np.count_nonzero(unlike))
+    has_changed = np.not_equal(*numbers_of_both)
+    count = int(np.count_nonzero(has_changed))
     if not count:
         return 0
 
-    pairs = [side[unlike] for side in numbers_of_both]
+    pairs = [side[has_changed] for side in numbers_of_both]
     if any(pair.dtype.kind != "f" for pair in pairs):
         return count
     return count - int(np.count_nonzero(np.isnan(pairs[0]) & np.isnan(pairs[1])))

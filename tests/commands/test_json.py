@@ -18,13 +18,15 @@ from run_folders import real
 
 from ckpt import results
 from ckpt.cli.main import commands
-from ckpt.cli.results import checkpoints, conversion, hub, runs, upkeep
+from ckpt.cli.results import checkpoints, conversion, hub, inspection, runs, upkeep
 from ckpt.results import FileEntry
 from ckpt.rewrite.result import RewriteResult
 
 SOURCE = FIXTURES / "trainer-zero2/checkpoint-2"
 RESULTS: dict[str, tuple[type, ...]] = {
     "show": (checkpoints.ShowResult,),
+    "stats": (inspection.StatsResult,),
+    "diff": (inspection.DiffResult,),
     "to-fp32": (conversion.ConversionResult,),
     "reshard": (RewriteResult,),
     "to-universal": (RewriteResult,),
@@ -47,6 +49,8 @@ EVERYWHERE = {"schema", "ckpt"}
 CASES = (
     "show {source} --tensors",
     "show {fixtures}/zero3-bf16-w2",
+    "stats {source} --histogram",
+    "diff {source} {fixtures}/trainer-zero2/checkpoint-2",
     "to-fp32 {source} -o {out}/model --dry-run",
     "to-fp32 {source} -o {out}/model",
     "reshard {source} --world-size 3 -o {out}/w3 --dry-run",
@@ -175,7 +179,7 @@ def test_what_json_cannot_hold_is_text() -> None:
 
 
 def test_commands_that_write_or_delete_have_a_dry_run() -> None:
-    reading = {"show", "ls", "verify"}
+    reading = {"show", "stats", "diff", "ls", "verify"}
     for name, command in commands().items():
         options = {flag for parameter in command.params for flag in parameter.opts}
         assert ("--dry-run" in options) == (name not in reading), name

@@ -33,6 +33,7 @@ converters.cast converters.detect
 converters.computing
 converters.plan converters.peft converters.quantized
 converters.execute converters.torch_files converters.peft.merge
+converters.values
 converters.dcp.keys
 converters.formats converters.zero.files converters.dcp.entries
 converters.dcp
@@ -57,11 +58,11 @@ ckpt.weights.naming ckpt.weights.layouts
 ckpt.engine ckpt.weights.adapters
 ckpt.plain_torch ckpt.runs.upkeep ckpt.weights.merge ckpt.weights.check ckpt.weights.opening
 ckpt.weights.conversion ckpt.zero_to_fp32
-ckpt.live ckpt.torch_training ckpt.hub.content
+ckpt.inspection ckpt.live ckpt.torch_training ckpt.hub.content
 ckpt.hub.client
 ckpt.hub
 ckpt.saving ckpt.cli
-ckpt.resuming ckpt.__main__ ckpt.cli.crossing ckpt.cli.joining
+ckpt.resuming ckpt.__main__ ckpt.cli.crossing ckpt.cli.joining ckpt.cli.inspection
 ckpt.trainers.hf
 ckpt.trainers
 ckpt converters

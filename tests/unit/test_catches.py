@@ -59,6 +59,7 @@ REASONS = {
     "ckpt/trainers/hf/mixin.py _save": "the other ranks are in a barrier; raised afterwards",
     "converters/execute/prefetch.py work": "raised where the thread is waited for",
     "converters/execute/workers.py work": "raised where the thread is waited for",
+    "converters/values/blocks.py work": "raised where the thread is waited for",
     "converters/pickles/machine.py check_hash_flood": "only hash() tells whether a tuple has one",
 }
 

@@ -165,6 +165,8 @@ def test_help_loads_the_commands_alone(tmp_path: Path) -> None:
             "ckpt.cli.joining",
             "ckpt.cli.joining.join",
         ),
+        "ckpt.cli.inspection",
+        *(f"ckpt.cli.inspection.{name}" for name in ("differences", "numbers", "tables")),
         *("converters.words", "ckpt.cli.usage", "ckpt.cli.usage.command", "ckpt.cli.planned"),
         *(f"ckpt.cli.{name}" for name in ("doctor", "hub", "latest", "maintenance", "options")),
         *(

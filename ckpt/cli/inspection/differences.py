@@ -18,8 +18,8 @@ from converters.words import counted, shape
 
 if TYPE_CHECKING:
     from ckpt.cli.results.inspection import DiffResult, DistanceEntry, InspectedSide
-    from ckpt.inspection.comparison import Comparison, ComparisonPlan, TensorPair
-    from ckpt.inspection.contents import Contents
+    from ckpt.inspection.comparison import CheckpointComparison, TensorPair
+    from ckpt.inspection.contents import CheckpointTensors
     from converters.values.tensor_distance import TensorDistance
 
 _HEADS = ("TENSOR", "TYPE", "SHAPE", "CHANGED", "MAX", "RELATIVE", "COSINE")
@@ -83,10 +83,10 @@ def diff(
     _require_one_way(exact, tolerance, modules, depth)
     paths = [checkpoint_of(path, None, False, "ckpt diff") for path in (first, second)]
     with (
-        contents.opened(paths[0], state=state) as left,
-        contents.opened(paths[1], state=state) as right,
+        contents.opened(paths[0], state=state) as first_tensors,
+        contents.opened(paths[1], state=state) as second_tensors,
     ):
-        plan = comparison.plan(left, right, patterns)
+        plan = comparison.plan(first_tensors, second_tensors, patterns)
         with planned.progress(plan.nbytes, paths[1].name) as advance:
             differences = comparison.execute(
                 plan,
@@ -113,7 +113,7 @@ def _require_one_way(exact: bool, tolerance: float, modules: bool, depth: int | 
         raise click.UsageError("--depth chooses modules; add --modules.")
 
 
-def _result(differences: Comparison, depth: int | None) -> DiffResult:
+def _result(differences: CheckpointComparison, depth: int | None) -> DiffResult:
     from ckpt.cli.results.inspection import DiffResult, ShapesEntry
 
     plan = differences.plan
@@ -146,7 +146,7 @@ def _result(differences: Comparison, depth: int | None) -> DiffResult:
     )
 
 
-def _side(contents: Contents) -> InspectedSide:
+def _side(contents: CheckpointTensors) -> InspectedSide:
     from ckpt.cli.results.inspection import InspectedSide
 
     source = contents.source
@@ -160,7 +160,7 @@ def _side(contents: Contents) -> InspectedSide:
 
 
 def _entry(
-    differences: Comparison, distance: TensorDistance, pair: TensorPair | None = None
+    differences: CheckpointComparison, distance: TensorDistance, pair: TensorPair | None = None
 ) -> DistanceEntry:
     from ckpt.cli.results.inspection import DistanceEntry
 
@@ -220,7 +220,7 @@ def _summary(result: DiffResult) -> str:
     """One line: the same, or how many tensors differ in what."""
     pairs = result.distances.values()
     unlike_count = sum(entry.same is False for entry in pairs)
-    rounded_count = sum(entry.rounded for entry in pairs)
+    rounded_count = sum(entry.rounded and not result.exact for entry in pairs)
     parts = [
         (len(result.only_first), "only in A"),
         (len(result.only_second), "only in B"),
@@ -229,9 +229,11 @@ def _summary(result: DiffResult) -> str:
     ]
     rounding = f", {rounded_count:,} of them rounded" if rounded_count else ""
     same_count = len(result.distances) - unlike_count
-    compared = f"{counted(same_count, 'tensor')} the same{'' if result.exact else rounding}"
     clauses = [f"{counted(count, 'tensor')} {words}" for count, words in parts if count]
-    return "; ".join([*clauses, compared])
+    if same_count or not clauses:
+        clauses.append(f"{counted(same_count, 'tensor')} the same{rounding}")
+
+    return "; ".join(clauses)
 
 
 COMMANDS = (diff,)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 # What other tools call it, by the command that does it.
 SYNONYMS = {
     "show": ("inspect", "info", "describe", "detect", "keys", "view", "stat", "cat", "open"),
+    "stats": ("statistics", "summary", "histogram", "norms", "nan"),
+    "diff": ("compare", "difference", "cmp", "delta"),
     "to-fp32": (
         *("convert", "export", "extract", "consolidate", "fp32", "bf16", "to-bf16", "fp16"),
         *("to-fp16", "to-safetensors", "to-hf", "zero-to-fp32", "zero2fp32", "unshard"),

@@ -9,7 +9,9 @@ from pathlib import Path
 from ckpt.runs.checkpoint_folder import RunCheckpoint
 from ckpt.runs.recognition import is_checkpoint, is_folder, step_in
 from converters import detect
-from converters.detect.filenames import TRAINER_STATE
+from converters.detect import sharded
+from converters.detect.filenames import DCP_MODEL, TRAINER_STATE
+from converters.detect.look import Look
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
 from converters.storage import stores
@@ -44,9 +46,10 @@ def number_in(name: str) -> int | None:
 def has_signs(path: Path) -> bool:
     """Whether a folder holds, right in it, what only the checkpoint of a training has."""
     entry_names = {entry.name for entry in os.scandir(path)}
-    return bool(entry_names & _SIGNS) or any(
+    has_one = bool(entry_names & _SIGNS) or any(
         name.startswith("pytorch_model_fsdp") or name.endswith(".metadata") for name in entry_names
     )
+    return has_one or (DCP_MODEL in entry_names and sharded.dcp_parts(Look(path)) is not None)
 
 
 def is_saved_model(folder: Path) -> bool:

@@ -132,6 +132,8 @@ def _run_divided(planned: Planned, division: Division, *, dry_run: bool, as_json
 
     if dry_run:
         output = planned.preview()
+        if division.output is not None:
+            divisible.require_joinable(division.output)
         show(output if share is None else _with_volumes(output, divisible, share), as_json)
     elif division.output is not None:
         show(divisible.joined(division.output), as_json)

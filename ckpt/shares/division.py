@@ -70,6 +70,13 @@ class Divisible:
         share_folder.prepare(work.output, task, command)
         return share_count - len(share_folder.missing_shares(work.output, task))
 
+    def require_joinable(self, place: Path) -> None:
+        """``CheckpointError`` where ``joined`` would find shares missing."""
+        from ckpt.shares import share_folder
+
+        count = share_folder.count_of(place)
+        share_folder.require_all(place, self.missing_numbers(count), count)
+
     def joined(self, place: Path) -> Any:
         """Joins the shares that lie at ``place``; ``CheckpointError`` if they are of another
         output."""

@@ -114,7 +114,8 @@ def joining(output: Path, task: ShareTask) -> Iterator[tuple[Path, list[ShareRec
             plan_file.close()
 
         records = [_record(folder, task, share) for share in _shares(count)]
-        _require_all(output, records)
+        missing = [number for number, record in enumerate(records, 1) if record is None]
+        require_all(output, missing, count)
         try:
             yield folder, [record for record in records if record is not None]
             local.write_file(folder / JOINED, b"")
@@ -221,12 +222,12 @@ def _document(path: Path) -> Any:
         return None
 
 
-def _require_all(output: Path, records: Sequence[ShareRecord | None]) -> None:
-    missing = [number for number, record in enumerate(records, 1) if record is None]
+def require_all(output: Path, missing: Sequence[int], count: int) -> None:
+    """``CheckpointError`` where shares of ``count`` are missing."""
     if missing:
-        names = some(f"{number}/{len(records)}" for number in missing)
+        names = some(f"{number}/{count}" for number in missing)
         raise CheckpointError(
-            f"{output}: {counted(len(missing), 'share')} of {len(records)} missing: {names}; "
+            f"{output}: {counted(len(missing), 'share')} of {count} missing: {names}; "
             f"write them with {SHARE}, and join again",
             "output",
         )

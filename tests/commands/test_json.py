@@ -18,7 +18,7 @@ from run_folders import real
 
 from ckpt import results
 from ckpt.cli.main import commands
-from ckpt.cli.results import checkpoints, conversion, hub, inspection, runs, upkeep
+from ckpt.cli.results import checkpoints, conversion, hub, inspection, runs, shares, upkeep
 from ckpt.results import FileEntry
 from ckpt.rewrite.result import RewriteResult
 
@@ -27,12 +27,13 @@ RESULTS: dict[str, tuple[type, ...]] = {
     "show": (checkpoints.ShowResult,),
     "stats": (inspection.StatsResult,),
     "diff": (inspection.DiffResult,),
-    "to-fp32": (conversion.ConversionResult,),
-    "reshard": (RewriteResult,),
-    "to-universal": (RewriteResult,),
-    "from-universal": (RewriteResult,),
-    "to-dcp": (RewriteResult,),
-    "from-dcp": (RewriteResult,),
+    "to-fp32": (conversion.ConversionResult, shares.ShareResult),
+    "reshard": (RewriteResult, shares.ShareResult),
+    "to-universal": (RewriteResult, shares.ShareResult),
+    "from-universal": (RewriteResult, shares.ShareResult),
+    "to-dcp": (RewriteResult, shares.ShareResult),
+    "from-dcp": (RewriteResult, shares.ShareResult),
+    "join": (shares.JoinResult,),  # or what the command prints whose shares it joins
     "ls": (runs.ListResult,),
     "latest": (runs.LatestResult,),
     "verify": (runs.VerifyResult,),

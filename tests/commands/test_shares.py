@@ -136,6 +136,12 @@ def test_missing_shares_are_named_and_nothing_appears(
     run("join", output, code=1)
     assert "2 shares of 3 missing: 1/3, 3/3" in capsys.readouterr().err
     assert not output.exists() and staging_of(output).is_dir()
+    run("join", output, "--dry-run", code=1)
+    assert "2 shares of 3 missing" in capsys.readouterr().err
+    for number in (1, 3):
+        run("to-fp32", SOURCE, "-o", output, "--share", f"{number}/3")
+    run("join", output, "--dry-run")
+    assert not output.exists()
 
     run("join", tmp_path / "other", code=1)
     assert "no shares of" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from ckpt.cli.options import JSON, OUTPUT_PATH
+from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.usage.command import Command
 
 DIVISIBLE = ("to-fp32", "reshard", "to-universal", "from-universal", "to-dcp", "from-dcp")
@@ -20,8 +21,9 @@ DIVISIBLE = ("to-fp32", "reshard", "to-universal", "from-universal", "to-dcp", "
 
 @click.command(cls=Command, short_help="Make the output of shares that --share wrote.")
 @click.argument("output", type=OUTPUT_PATH)
+@dry_run_option("Print what would be made, or name the shares that are missing.")
 @JSON
-def join(output: Path, as_json: bool) -> None:
+def join(output: Path, dry_run: bool, as_json: bool) -> None:
     """Make the output of the shares that commands with --share wrote.
 
     OUTPUT is the folder (or file) that they were given or chose. Nothing is converted
@@ -41,8 +43,9 @@ def join(output: Path, as_json: bool) -> None:
 
     place = share_folder.place_of(output.absolute())
     if share_folder.is_joined(place):
-        share_folder.finish(place)
-        show(Output(JoinResult(output=output), [output]), as_json)
+        if not dry_run:
+            share_folder.finish(place)
+        show(Output(JoinResult(output=output, dry_run=dry_run), [output]), as_json)
         return
 
     command = share_folder.command_of(place)
@@ -50,10 +53,11 @@ def join(output: Path, as_json: bool) -> None:
     if name not in DIVISIBLE:
         raise CheckpointError(f"{output}: its shares are of no command of ckpt", "output")
 
-    arguments = [word for word in command.arguments if word != "--json"]
+    given_flags = {"--dry-run": dry_run, "--json": as_json}
+    arguments = [word for word in command.arguments if word not in given_flags]
     os.chdir(command.folder)  # which relative paths are of
     cli.main(
-        args=[*arguments, *(["--json"] if as_json else [])],
+        args=[*arguments, *(flag for flag, is_given in given_flags.items() if is_given)],
         prog_name="ckpt",
         standalone_mode=False,
         obj=Invocation(arguments=tuple(arguments), joined_output=place),

@@ -26,3 +26,4 @@ class JoinResult:
     """The output of shares that were joined before an interruption, now under its name."""
 
     output: Path
+    dry_run: bool

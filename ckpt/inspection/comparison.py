@@ -109,23 +109,23 @@ def plan(
     after these were made to fit; ``CheckpointError`` for one that matches none.
     """
     names = matching.match(first, second)
-    left, right = (matching.ties(form.weights) for form in names.forms)
-    chosen = _chosen(left, right, globs)
+    first_ties, second_ties = (matching.ties(form.weights) for form in names.forms)
+    chosen = _chosen(first_ties, second_ties, globs)
 
     pairs: dict[tuple[int, int], TensorPair] = {}
     for name in chosen:
-        if name in left and name in right:
-            refs = left[name].ref, right[name].ref
+        if name in first_ties and name in second_ties:
+            refs = first_ties[name].ref, second_ties[name].ref
             pairs.setdefault((id(refs[0]), id(refs[1])), TensorPair(name, *refs))
 
-    alike = [pair for pair in pairs.values() if pair.first.shape == pair.second.shape]
+    comparable_pairs = [pair for pair in pairs.values() if pair.first.shape == pair.second.shape]
     other_shapes = [pair for pair in pairs.values() if pair.first.shape != pair.second.shape]
     return ComparisonPlan(
         sides=(first, second),
-        pairs=tuple(alike),
+        pairs=tuple(comparable_pairs),
         other_shapes=tuple(other_shapes),
-        only_first=tuple(_missing(left, right, chosen)),
-        only_second=tuple(_missing(right, left, chosen)),
+        only_first=tuple(_missing(first_ties, second_ties, chosen)),
+        only_second=tuple(_missing(second_ties, first_ties, chosen)),
         sentence=names.sentence,
     )
 
@@ -164,10 +164,10 @@ def execute(
 
 
 def _chosen(
-    left: Mapping[str, Tie], right: Mapping[str, Tie], globs: Sequence[str]
+    first_ties: Mapping[str, Tie], second_ties: Mapping[str, Tie], globs: Sequence[str]
 ) -> dict[str, None]:
     """The names of both, in the order of the first, that the globs choose."""
-    names = dict.fromkeys((*left, *right))
+    names = dict.fromkeys((*first_ties, *second_ties))
     return dict.fromkeys(selection.chosen(names, globs)) if globs else names
 
 

@@ -61,7 +61,9 @@ def match(first: CheckpointTensors, second: CheckpointTensors) -> Matching:
         return stored
 
     second_forms = list(_forms(second))
-    candidates = [Matching((form, other)) for form in _forms(first) for other in second_forms]
+    candidates = [
+        Matching((form, second_form)) for form in _forms(first) for second_form in second_forms
+    ]
     best = max(candidates, key=_common_count)  # the first of those that are as good
     unprefixed = _without_prefix(stored)
     is_better = unprefixed is not None and _common_count(unprefixed) > _common_count(best)

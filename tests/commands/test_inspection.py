@@ -54,7 +54,7 @@ def test_all_forms_of_a_training_have_the_same_numbers(
     assert found["all_numbers"] == expected["all_numbers"]
 
     comparison = printed(capsys, "diff", SOURCE, models[name], "--exact")
-    assert comparison["same"] and len(comparison["distances"]) == 20
+    assert comparison["equal"] and len(comparison["distances"]) == 20
 
 
 @pytest.mark.parametrize("name", ["w3", "universal", "dcp"])
@@ -63,7 +63,7 @@ def test_states_of_the_optimizer_are_compared(
 ) -> None:
     options = ("--state", "exp_avg_sq", "--exact")
     found = printed(capsys, "diff", SOURCE, models[name], *options)
-    assert found["same"] and found["first"]["values_of"] == "exp_avg_sq"
+    assert found["equal"] and found["first"]["values_of"] == "exp_avg_sq"
     assert not any(entry["changed"] for entry in found["distances"].values())
 
 
@@ -82,8 +82,8 @@ def test_a_rounded_model_is_the_same_but_for_its_bits(
     models: dict[str, Path], capsys: Capture
 ) -> None:
     found = printed(capsys, "diff", models["fp32"], models["bf16"])
-    assert found["same"] and all(entry["rounded"] for entry in found["distances"].values())
-    assert not printed(capsys, "diff", models["fp32"], models["bf16"], "--exact", code=1)["same"]
+    assert found["equal"] and all(entry["rounded"] for entry in found["distances"].values())
+    assert not printed(capsys, "diff", models["fp32"], models["bf16"], "--exact", code=1)["equal"]
 
 
 def test_a_changed_number_is_found(
@@ -91,7 +91,7 @@ def test_a_changed_number_is_found(
 ) -> None:
     other = changed(models, tmp_path / "other", 1.5)
     found = printed(capsys, "diff", SOURCE, other, code=1)
-    unlike = {name for name, entry in found["distances"].items() if not entry["same"]}
+    unlike = {name for name, entry in found["distances"].items() if not entry["equal"]}
     assert unlike == {"model.norm.weight"}
     assert found["modules"]["model.norm"]["changed"] == found["all_distances"]["changed"] == 1
 

@@ -101,7 +101,7 @@ def diff(
         result,
         _lines(result, modules, lists_all),
         [] if plan.sentence is None else [f"ckpt: {plan.sentence}"],
-        exit_code=0 if result.same else 1,
+        exit_code=0 if result.equal else 1,
     )
     planned.show(output, as_json)
 
@@ -120,7 +120,7 @@ def _result(differences: CheckpointComparison, depth: int | None) -> DiffResult:
     pairs = {pair.name: pair for pair in plan.pairs}
     first, second = map(_side, plan.sides)
     return DiffResult(
-        same=differences.is_same,
+        equal=differences.is_same,
         exact=differences.is_exact,
         tolerance=differences.tolerance,
         first=first,
@@ -171,7 +171,7 @@ def _entry(
         shape=None if pair is None else pair.first.shape,
         elements=distance.elements,
         changed=distance.unlike_bits if differences.is_exact else distance.changed,
-        same=None if pair is None else not differences.is_unlike(distance),
+        equal=None if pair is None else not differences.is_unlike(distance),
         rounded=bool(distance.changed) and distance.is_rounded,
         max_distance=distance.maximum,
         relative_distance=distance.relative if has_numbers else None,
@@ -201,7 +201,7 @@ def _lines(result: DiffResult, by_modules: bool, lists_all: bool) -> Iterator[st
 
 def _is_shown(entry: DistanceEntry) -> bool:
     """Whether a tensor or a module is not the same in both, or not of one type."""
-    return entry.same is False or bool(entry.changed) or len(entry.dtypes) > 1
+    return entry.equal is False or bool(entry.changed) or len(entry.dtypes) > 1
 
 
 def _row(name: str, entry: DistanceEntry) -> list[str]:
@@ -219,7 +219,7 @@ def _row(name: str, entry: DistanceEntry) -> list[str]:
 def _summary(result: DiffResult) -> str:
     """One line: the same, or how many tensors differ in what."""
     pairs = result.distances.values()
-    unlike_count = sum(entry.same is False for entry in pairs)
+    unlike_count = sum(entry.equal is False for entry in pairs)
     rounded_count = sum(entry.rounded and not result.exact for entry in pairs)
     parts = [
         (len(result.only_first), "only in A"),

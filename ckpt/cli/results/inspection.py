@@ -55,7 +55,7 @@ class StatsResult(InspectedSide):
 class DistanceEntry:
     """The distance of one tensor, of a module, or of all, from another.
 
-    ``same`` is ``None`` for several tensors. ``relative`` and ``cosine`` are ``None``
+    ``equal`` is ``None`` for several tensors. ``relative`` and ``cosine`` are ``None``
     where bits were compared alone.
     """
 
@@ -63,7 +63,7 @@ class DistanceEntry:
     shape: tuple[int, ...] | None
     elements: int
     changed: int
-    same: bool | None
+    equal: bool | None
     rounded: bool
     max_distance: float | None
     relative_distance: float | None
@@ -83,7 +83,7 @@ class DiffResult:
     """Two checkpoints, and how they differ. ``names`` says what was done so that names
     fit."""
 
-    same: bool
+    equal: bool
     exact: bool
     tolerance: float
     first: InspectedSide

@@ -90,9 +90,8 @@ def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
     for such an engine; ``None`` elsewhere."""
     saved, current = source.topology.degrees, layout.topology.degrees
     is_without_tp = saved.tensor_ranks == current.tensor_ranks == 1
-    is_written = source.is_pipeline and layout.pipeline is not None
-    if saved.expert_ranks and not is_without_tp:
-        is_written = False
+    is_cut = bool(saved.expert_ranks) and not is_without_tp
+    is_written = source.is_pipeline and layout.pipeline is not None and not is_cut
     if current.stages > 1 and not is_written:
         if saved.expert_ranks:  # whose universal folder DeepSpeed does not load
             return "its experts are not written for such stages; resume with its own degrees"

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from ckpt.folders.filenames import MANIFEST
 from converters.detect.filenames import TRAINER_STATE
+from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
-from converters.storage import bounded_json
+from converters.storage import bounded_json, open_files
+from converters.storage.store import read_exactly
 from converters.zero.files.discovery import is_tag_folder
 
 _NUMBERED = LazyPattern(r"checkpoint-(\d{1,18})")
@@ -143,8 +145,9 @@ def trainers_best(newest_first: Iterable[Path]) -> str | None:
     if path is None:
         return None
     try:
-        state = bounded_json.loads(path.read_bytes(), infinite=True)
-    except (OSError, ValueError):
+        with open_files.opened(path) as file:
+            state = bounded_json.loads(read_exactly(file, 0, file.size), infinite=True)
+    except (OSError, ValueError, CheckpointError):
         return None
 
     best_folder = state.get("best_model_checkpoint") if isinstance(state, dict) else None

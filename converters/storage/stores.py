@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from converters.errors import CheckpointError
-from converters.storage.compressed_items import ItemPath
 from converters.storage.local_store import LOCAL
 from converters.storage.store import File, FolderEntry, Name, Opener, Status, Store, StoredFile
 from converters.storage.url_path import UrlPath, canonical, download, scheme_of
@@ -46,9 +45,8 @@ def store_of(name: Name) -> Store:
 
 def opener_of(name: Name) -> Opener:
     """What opens a name: its store, or what the path of a compressed item brings along."""
-    if isinstance(name, ItemPath) and name.opener is not None:
-        return name.opener
-    return store_of(name)
+    opener: Opener | None = getattr(name, "opener", None)  # of compressed_items.ItemPath alone
+    return store_of(name) if opener is None else opener
 
 
 def source_path(name: Name) -> Path:

@@ -367,3 +367,17 @@ def test_a_url_without_an_output_is_told_to_name_one(
     run(*command, URL, code=1)
     expected = f"{URL} is a URL, and the output has to be a local folder: name it with -o DIR"
     assert capsys.readouterr().err == f"ckpt: {expected}\n"
+
+
+def test_the_numbers_of_a_checkpoint_are_read_from_its_url(
+    store: MemoryStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = FIXTURES / "zero2-bf16-w4"
+    store.put_folder(source, URL)
+    run("stats", URL)
+    remote = capsys.readouterr().out
+    run("stats", source)
+    assert capsys.readouterr().out == remote
+
+    run("diff", URL, source, "--exact", "--state", "exp_avg")
+    assert capsys.readouterr().out == "15 tensors the same\n"

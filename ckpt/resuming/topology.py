@@ -91,7 +91,7 @@ def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
     saved, current = source.topology.degrees, layout.topology.degrees
     is_without_tp = saved.tensor_ranks == current.tensor_ranks == 1
     is_cut = bool(saved.expert_ranks) and not is_without_tp
-    is_written = source.is_pipeline and layout.pipeline is not None and not is_cut
+    is_written = layout.pipeline is not None and not is_cut and source.is_pipeline
     if current.stages > 1 and not is_written:
         if saved.expert_ranks:  # whose universal folder DeepSpeed does not load
             return "its experts are not written for such stages; resume with its own degrees"

@@ -485,7 +485,7 @@ def test_tensor_parallel_stages_of_an_engine_are_said_with_the_command() -> None
     layout = Layout(Topology(1, 8, Degrees(2, stages=4)), {}, pipeline=stages)
     source = ResumePoint.of(open_checkpoint(folder))
     sentence = str(topology.refusal(source, layout))
-    assert f"--stage 1 --tp 2 --pp {stages} -o {folder}-tp2-pp4-w8" in sentence
+    assert f"--stage 1 --tp 2 --pp {stages} -o {folder}-pp4-tp2-w8" in sentence
     plain = ResumePoint.of(open_checkpoint(FIXTURES / "corpus/pp_z1bf"))
     assert "--tp-rules FILE (without" in str(topology.refusal(plain, layout))
 

@@ -102,8 +102,10 @@ class ResumePoint:
     @property
     def is_pipeline(self) -> bool:
         """Whether it is of a pipeline, as several stages or the files of layers tell."""
-        place = Place(self.folder, self.folder / self.tag, self.tag)
-        return self.topology.degrees.stages > 1 or bool(folder_files.scan(place).layers)
+        tag_folder = self.folder / self.tag
+        if self.topology.degrees.stages > 1 or not tag_folder.is_dir():
+            return self.topology.degrees.stages > 1
+        return bool(folder_files.scan(Place(self.folder, tag_folder, self.tag)).layers)
 
     def go_on(self, engine: EngineView, batch: Mapping[str, Any]) -> None:
         """Sets what DeepSpeed does not load: micro steps, as of the last whole step.

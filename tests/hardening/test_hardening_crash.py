@@ -72,7 +72,8 @@ def test_doctor_mends_a_file_and_what_was_left_beside_it(tmp_path: Path) -> None
     scene_of("doctor --fix").build(tmp_path)
     (tmp_path / "live/checkpoint-4/latest.partial").write_bytes(b"glob")
     with opening.in_haste():
-        assert called("doctor", tmp_path / "live", "--fix") == (0, "")
+        code, said = called("doctor", tmp_path / "live", "--fix")
+    assert code == 0 and said.count("\n") == 1 and ".checkpoint-7.torn (34.75 kB) is a torn" in said
     assert (tmp_path / "live/checkpoint-4/latest").read_bytes() == b"global_step2"
     assert not list(tmp_path.rglob("*.partial"))
 

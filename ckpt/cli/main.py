@@ -173,7 +173,9 @@ def _replace_closed_streams() -> None:
     if all(stream is not None for stream in streams):
         return
 
-    descriptor = os.open(os.devnull, os.O_RDWR)
+    from converters.storage.system import opening
+
+    descriptor = opening.descriptor(os.devnull, os.O_RDWR)
     while descriptor <= 2:
         descriptor = os.dup(descriptor)
     os.close(descriptor)

@@ -29,6 +29,7 @@ from converters.detect.filenames import TRAINER_STATE
 from converters.detect.kind import DEEPSPEED
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
+from converters.options import OUTPUT
 from converters.storage.store import is_url
 from converters.words import counted, shell_word, some, verb
 from converters.zero.files.discovery import is_tag_folder
@@ -215,7 +216,7 @@ def require_outside(output: Path, sources: Iterable[Path] = ()) -> None:
     if output.name in POINTERS and is_run(output.parent):
         raise CheckpointError(
             f"{output} would lie where a run has the file {output.name}, which names a checkpoint; "
-            "give the output another name",
+            f"name another folder with {OUTPUT}",
             "output",
         )
 

@@ -336,5 +336,7 @@ def config_of(module: Any) -> Any:
     if not is_hugging_face or hasattr(module, "peft_config"):
         return None
     named_config: Any = deepcopy(config)
-    named_config.architectures = named_config.architectures or [type(module).__name__]
+    classes = named_config.architectures or [type(module).__name__]
+    # fully_shard makes a class FSDPX of the model's class X
+    named_config.architectures = [name.removeprefix("FSDP") for name in classes]
     return named_config

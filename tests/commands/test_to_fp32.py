@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 import stock_checkpoints
 import torch
+from heavy_libraries import transformers
 from oracles import FIXTURES, ROOT, run, weights_in
 
 import ckpt
 from ckpt.cli.weights import to_fp32 as command
+from ckpt.engine import inventory
 from converters.errors import CheckpointError
 from converters.plan import parse_size
 
@@ -94,6 +97,22 @@ def test_element_types_have_the_names_that_torch_gives_them(
     name = str(dtype)
     run("to-fp32", SOURCE, "-o", tmp_path / "c", "--dtype", name, "--dry-run")
     assert ckpt.Push("org/name", dtype=name).dtype == planned.dtype
+
+
+def test_the_class_of_fsdp_is_not_that_of_the_model(tmp_path: Path) -> None:
+    source = shutil.copytree(FIXTURES / "trainer-zero2/checkpoint-2", tmp_path / "checkpoint-2")
+    config = json.loads((source / "config.json").read_text())
+    content = config | {"architectures": ["FSDPLlamaForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(content))
+    made = ckpt.to_fp32(source, tmp_path / "model")
+    assert made.record.loads is True
+    written = json.loads((tmp_path / "model/config.json").read_text())
+    assert written["architectures"] == config["architectures"] == ["LlamaForCausalLM"]
+
+    class FSDPModel(torch.nn.Module):
+        config = transformers.PretrainedConfig()
+
+    assert inventory.config_of(FSDPModel()).architectures == ["Model"]
 
 
 def test_frozen_parameters_can_be_left_out(tmp_path: Path) -> None:

@@ -208,6 +208,19 @@ def set_dtype(content: dict[str, Any], name: str) -> None:
             set_dtype(value, name)
 
 
+def with_own_class(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the model's class, where FSDP2's stands in its place.
+
+    ``fully_shard`` makes a class ``FSDPX`` of a module's class ``X`` (torch 2.13
+    ``distributed/fsdp/_fully_shard``), whose name some tools save.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or not any(str(name).startswith("FSDP") for name in names):
+        return config
+    own_names = [name.removeprefix("FSDP") if isinstance(name, str) else name for name in names]
+    return config | {"architectures": own_names}
+
+
 def architecture(config: Mapping[str, Any]) -> str | None:
     """The class that config.json names.
 

@@ -164,7 +164,7 @@ def _read(path: Path) -> _Config:
     """The config.json at ``path``. A broken one is a note, as the weights are whole."""
     if stores.is_file(path):
         try:
-            return _Config(model_folder.read_object(path), path)
+            return _Config(model_folder.with_own_class(model_folder.read_object(path)), path)
         except CheckpointError as error:
             cause = error.__cause__
             if isinstance(cause, OSError) and not isinstance(cause, PermissionError):

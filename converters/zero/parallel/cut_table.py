@@ -25,6 +25,10 @@ INFO = "universal_checkpoint_info"
 MAX_LISTED = 24  # parameters in a template
 
 
+class UnknownCutsError(CheckpointError):
+    """The error for parameters of which nothing says how they were cut."""
+
+
 @dataclass(slots=True)
 class CutTable:
     """The cuts of a checkpoint's parameters.
@@ -112,12 +116,12 @@ class CutTable:
         return self.entries[fitting[0]] if fitting else None
 
     def require_known(self) -> None:
-        """``CheckpointError``, with a template of rules, if a parameter has no cut."""
+        """``UnknownCutsError``, with a template of rules, if a parameter has no cut."""
         if not self.unknown:
             return
 
         texts = {name: f"shards: {_described(shapes)}" for name, shapes in self.unknown.items()}
-        raise CheckpointError(
+        raise UnknownCutsError(
             f"{self.model.path} is of {self.rank_count} tensor-parallel ranks, and nothing in it "
             f"says how {len(self.unknown):,} of its parameters were cut; {template(texts)}",
             "unsupported",

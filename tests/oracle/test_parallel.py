@@ -192,10 +192,15 @@ def test_rules_that_are_shipped_go_by_a_name(tmp_path: Path) -> None:
 
 def test_a_file_says_what_the_shipped_rules_leave_open(tmp_path: Path) -> None:
     folder = without_info("tp_z0fp32_w4", tmp_path / "checkpoint")
-    with pytest.raises(CheckpointError, match=r"how 1 of its parameters .*lm_head"):
+    advice = r"1 of its parameters .* llama leave them open; .* begins with extends = .llama., .*"
+    with pytest.raises(CheckpointError, match=f"{advice}tp_rules=FILE: 'lm_head"):
         ckpt.open(folder, tp_rules="llama")
-    (tmp_path / "rules.toml").write_text("extends = 'llama'\n'lm_head.*' = 'dim 0'\n")
-    with ckpt.open(folder, tp_rules=tmp_path / "rules.toml") as opened:
+    rules = tmp_path / "rules.toml"
+    rules.write_text("'lm_head.*' = 'dim 0'\n")
+    with pytest.raises(CheckpointError, match=f"{rules} has no rule for them; add a rule for each"):
+        ckpt.open(folder, tp_rules=rules)
+    rules.write_text("extends = 'llama'\n'lm_head.*' = 'dim 0'\n")
+    with ckpt.open(folder, tp_rules=rules) as opened:
         for name, expected in live(PARALLEL / "tp_z0fp32_w4")["live"].items():
             assert torch.equal(torch.as_tensor(opened[name]), expected), name
 

@@ -7,6 +7,7 @@ metadata of a checkpoint has a part in it.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -139,6 +140,32 @@ def resaved(name: str, folder: Path, glob: str, change: Callable[[dict[str, Any]
         change(root)
         torch.save(root, path)
     return folder
+
+
+def double_first_moments(root: Any) -> None:
+    """Moments of another save, where a file has them."""
+    for key, value in root.items() if isinstance(root, dict) else enumerate(root):
+        if key == "exp_avg":
+            value.mul_(2)
+        elif isinstance(value, (dict, list)):
+            double_first_moments(value)
+
+
+@pytest.mark.parametrize("name", ["mpu_z1_nested_w4", "tp_fusedb_z3_w4", "p3dm_z1_w4"])
+def test_verify_compares_the_moments_that_several_ranks_have(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = resaved(name, tmp_path / "c", "*mp_rank_01_optim*", double_first_moments)
+    (folder / "latest").touch()
+    run("verify", folder)
+    run("verify", folder, "--data", code=1)
+    reason = (
+        r"not whole\n .*mp_rank_0\d_optim.* holds other values of exp_avg of .*mp_rank_0\d_optim"
+    )
+    assert re.search(reason, capsys.readouterr().out)
+    for path in folder.glob("global_step2/*mp_rank_01_optim*"):
+        shutil.copy(PARALLEL / name / "global_step2" / path.name, path)
+    run("verify", folder, "--data")
 
 
 def without_info(name: str, folder: Path) -> Path:

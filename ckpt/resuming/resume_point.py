@@ -16,8 +16,9 @@ from ckpt.engine.progress import whole_micro_steps
 from ckpt.engine.view import EngineView, set_micro_steps
 from ckpt.folders import filenames
 from ckpt.runs import engines, lineage
+from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.manifest import Manifest
-from ckpt.runs.run import RunCheckpoint, bytes_under
+from ckpt.runs.run import Run, RunCheckpoint, bytes_under, is_numbered
 from ckpt.state import plain, rank_files, rng
 from converters import detect
 from converters.accessors import is_whole_number
@@ -25,6 +26,7 @@ from converters.detect import sharded
 from converters.detect.kind import DEEPSPEED
 from converters.errors import CheckpointError
 from converters.source import Place
+from converters.zero.files.discovery import is_tag_folder
 from converters.zero.merging import saved_degrees
 from converters.zero.merging.saved_degrees import Degrees
 from converters.zero.model_ranks import folder_files
@@ -220,6 +222,44 @@ def _tag_of(folder: Path, manifest: Manifest) -> str:
             "unsupported",
         )
     return manifest.tag
+
+
+def require_state(checkpoint: RunCheckpoint) -> None:
+    """``CheckpointError`` for a checkpoint without state of DeepSpeed,
+    with what can be done."""
+    if checkpoint.tier == "full" or (
+        checkpoint.manifest is None and _may_have_state(checkpoint.folder)
+    ):
+        return
+
+    newest = None
+    if is_numbered(checkpoint.folder):
+        newest = Run(checkpoint.folder.parent).newest()
+
+    alternative = ""
+    if newest is not None:
+        alternative = f"resume from {newest.folder}, the newest full one, or "
+    finding = WEIGHTS_ONLY
+    if (checkpoint.folder / "optimizer.pt").exists():
+        finding = (
+            "was saved without DeepSpeed, whose state it lacks; DeepSpeed cannot go on from it"
+        )
+    raise CheckpointError(
+        f"{checkpoint.folder}: {finding}: {alternative}make the model of its weights "
+        "(from_pretrained) and train without resuming",
+        "incomplete",
+    )
+
+
+def _may_have_state(folder: Path) -> bool:
+    """Whether a folder without a manifest has state of DeepSpeed,
+    or nothing that is known."""
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+    if not any(any(folder.glob(pattern)) for pattern in patterns):
+        return True
+
+    inner_folders = (path for path in folder.iterdir() if path.is_dir())
+    return any(map(is_tag_folder, inner_folders))
 
 
 @dataclass(slots=True)

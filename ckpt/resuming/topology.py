@@ -9,25 +9,25 @@ checkpoint and once, while the other ranks wait and see that it is alive.
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ckpt.distributed.ranks import RankGroup, alive
 from ckpt.engine.layout import Layout
-from ckpt.resuming.resume_point import ResumePoint
+from ckpt.resuming.resume_point import ResumePoint, require_state
 from ckpt.rewrite import job, records, reshard_command
 from ckpt.rewrite.job import SAME_IN_ENGINE, Rewriting
-from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
-from ckpt.runs.run import Run, RunCheckpoint, is_numbered, open_checkpoint
+from ckpt.runs.run import open_checkpoint
 from ckpt.runs.states.status import status_of
 from converters import options
 from converters.errors import CheckpointError
 from converters.options import TP_RULES
 from converters.words import shell_word
-from converters.zero.files.discovery import is_tag_folder
 from converters.zero.parallel import engine_cuts
+from converters.zero.parallel.cut_table import UnknownCutsError
 
 log = logging.getLogger("ckpt")
 
@@ -57,16 +57,7 @@ def refusal(source: ResumePoint, layout: Layout, alternative: str = "") -> Check
 
     ``alternative`` is another way, which the front end has.
     """
-    saved, current = source.topology, layout.topology
     finding = difference(source, layout)
-    if not saved.stage or not current.stage:
-        return CheckpointError(
-            f"{finding}; only stages 1 to 3 can be resharded: set "
-            f"zero_optimization.stage to {saved.stage}, or begin a new training from its "
-            f"weights (ckpt to-fp32 {shell_word(source.folder)})",
-            "unsupported",
-        )
-
     if (advice := _advice_on_degrees(source, layout)) is not None:
         return CheckpointError(f"{finding}; {advice}", "unsupported")
 
@@ -76,9 +67,12 @@ def refusal(source: ResumePoint, layout: Layout, alternative: str = "") -> Check
             rules = TP_RULES("FILE")
         return CheckpointError(
             f"{finding}; nothing in it says how parameters are cut for tensor parallelism; {run} "
-            f"{rules} (without that it prints what to write into the file)",
+            f"{rules} (without that it prints what to write into the file), and resume from that "
+            "by name",
             "unsupported",
         )
+    if (obstacle := _obstacle_without_zero(source, layout)) is not None:
+        return CheckpointError(f"{finding}; {obstacle}", "unsupported")
     if (output := _foreign_output(source, layout)) is not None:
         run = f"{output} was resharded from it: resume from that by name, or {run}"
     sentence = "; ".join(filter(None, [finding, run, alternative]))
@@ -95,6 +89,8 @@ def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
     if current.stages > 1 and not is_written:
         if saved.expert_ranks:  # whose universal folder DeepSpeed does not load
             return "its experts are not written for such stages; resume with its own degrees"
+        if not layout.topology.stage:  # nor does it load a universal folder without ZeRO
+            return "such stages are written of pipelines alone; resume with its own degrees"
         return (
             "native files of several pipeline stages are written of pipelines alone: load a "
             f"universal folder (ckpt to-universal {source.folder}), which DeepSpeed cuts itself, "
@@ -109,11 +105,42 @@ def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
 
 
 def _needs_rules(source: ResumePoint, layout: Layout) -> bool:
-    """Whether it is cut for tensor parallelism first, for which a user has to say how."""
+    """Whether a user has to say how parameters are cut for tensor parallelism: the saved
+    ones, or those of this training; reads pickles where there are saved ones."""
     saved, current = source.topology.degrees, layout.topology.degrees
-    return saved.tensor_ranks == 1 < current.tensor_ranks and not (layout.cuts or {}).get(
-        "affine_map"
-    )
+    if saved.tensor_ranks == 1:
+        return current.tensor_ranks > 1 and not (layout.cuts or {}).get("affine_map")
+
+    from converters.zero.merging import reader as merging  # which few need
+
+    try:
+        merging.read(source.folder, source.tag)
+    except UnknownCutsError:
+        return True
+    except CheckpointError:
+        return False  # which resharding says
+    return False
+
+
+def _obstacle_without_zero(source: ResumePoint, layout: Layout) -> str | None:
+    """Why native files cannot be made, and what to do, where the checkpoint or this
+    training is without ZeRO; ``None`` where they can, and elsewhere."""
+    saved, current = source.topology.stage, layout.topology.stage
+    if saved and current:
+        return None
+
+    try:
+        with options.using(options.of_commands, overrides=True):
+            _plan_rewriting(source, layout)
+    except CheckpointError as error:
+        way = "resume with its own degrees"
+        if saved != current:
+            way = f"set zero_optimization.stage to {saved}"
+        return (
+            f"{way}, or begin a new training from its weights (ckpt to-fp32 "
+            f"{shell_word(source.folder)}); ckpt reshard does not help: {error}"
+        )
+    return None
 
 
 def _command(source: ResumePoint, layout: Layout) -> str:
@@ -180,9 +207,11 @@ def fitting(
 
 def _can_be_resharded(source: ResumePoint, layout: Layout) -> bool:
     """Whether native files are written for this training without a word of the user's."""
-    is_staged = bool(source.topology.stage and layout.topology.stage)
-    is_known = _advice_on_degrees(source, layout) is None and not _needs_rules(source, layout)
-    return is_staged and is_known
+    return (
+        _advice_on_degrees(source, layout) is None
+        and not _needs_rules(source, layout)
+        and _obstacle_without_zero(source, layout) is None
+    )
 
 
 def loadable(
@@ -248,71 +277,41 @@ def _earlier_output(source: ResumePoint, layout: Layout) -> Path | None:
     return output
 
 
-def require_state(checkpoint: RunCheckpoint) -> None:
-    """``CheckpointError`` for a checkpoint without state of DeepSpeed,
-    with what can be done."""
-    if checkpoint.tier == "full" or (
-        checkpoint.manifest is None and _may_have_state(checkpoint.folder)
-    ):
-        return
-
-    newest = None
-    if is_numbered(checkpoint.folder):
-        newest = Run(checkpoint.folder.parent).newest()
-
-    alternative = ""
-    if newest is not None:
-        alternative = f"resume from {newest.folder}, the newest full one, or "
-    finding = WEIGHTS_ONLY
-    if (checkpoint.folder / "optimizer.pt").exists():
-        finding = (
-            "was saved without DeepSpeed, whose state it lacks; DeepSpeed cannot go on from it"
-        )
-    raise CheckpointError(
-        f"{checkpoint.folder}: {finding}: {alternative}make the model of its weights "
-        "(from_pretrained) and train without resuming",
-        "incomplete",
-    )
-
-
-def _may_have_state(folder: Path) -> bool:
-    """Whether a folder without a manifest has state of DeepSpeed,
-    or nothing that is known."""
-    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
-    if not any(any(folder.glob(pattern)) for pattern in patterns):
-        return True
-
-    inner_folders = (path for path in folder.iterdir() if path.is_dir())
-    return any(map(is_tag_folder, inner_folders))
-
-
 def _reshard_source(ranks: RankGroup, source: ResumePoint, layout: Layout) -> Path:
     """Where the source is for this layout, made if need be; on rank 0."""
     from ckpt.rewrite import reshard as resharding
 
     with alive(ranks):
-        rewriting = _plan_rewriting(source, layout)
+        with _naming_command(source, layout):
+            rewriting = _plan_rewriting(source, layout)
         if _is_made_of(source, rewriting):
             return rewriting.output
 
         finding = difference(source, layout)
         log.info("%s: resharding to %s", finding, rewriting.output)
         overwrite = _may_be_replaced(source, rewriting)
-        try:
-            with options.using(options.of_commands, overrides=True):  # the command is named below
-                resharding.execute(rewriting, overwrite=overwrite)
-        except CheckpointError as error:
-            if error.kind != "output" and " --" not in str(error):
-                raise
-            raise CheckpointError(  # a resume has none of the options that it names
-                f"{error} (an option of: {_command(source, layout)}), and resume from that by name",
-                error.kind,
-            ) from error
+        with _naming_command(source, layout):
+            resharding.execute(rewriting, overwrite=overwrite)
 
     for note in rewriting.notes:
         if not note.endswith(SAME_IN_ENGINE):  # it was made for this engine
             log.warning("%s: %s", rewriting.output, note)
     return rewriting.output
+
+
+@contextmanager
+def _naming_command(source: ResumePoint, layout: Layout) -> Iterator[None]:
+    """Errors of this block that name options name the command, too: a resume has none."""
+    try:
+        with options.using(options.of_commands, overrides=True):
+            yield
+    except CheckpointError as error:
+        if not any(flag in str(error) for flag in (" --", " -o")):
+            raise
+        raise CheckpointError(
+            f"{error} (an option of: {_command(source, layout)}), and resume from that by name",
+            error.kind,
+        ) from error
 
 
 def _plan_rewriting(source: ResumePoint, layout: Layout) -> Rewriting:

@@ -7,6 +7,7 @@ metadata of a checkpoint has a part in it.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -141,6 +142,32 @@ def resaved(name: str, folder: Path, glob: str, change: Callable[[dict[str, Any]
     return folder
 
 
+def double_first_moments(root: Any) -> None:
+    """Moments of another save, where a file has them."""
+    for key, value in root.items() if isinstance(root, dict) else enumerate(root):
+        if key == "exp_avg":
+            value.mul_(2)
+        elif isinstance(value, (dict, list)):
+            double_first_moments(value)
+
+
+@pytest.mark.parametrize("name", ["mpu_z1_nested_w4", "tp_fusedb_z3_w4", "p3dm_z1_w4"])
+def test_verify_compares_the_moments_that_several_ranks_have(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = resaved(name, tmp_path / "c", "*mp_rank_01_optim*", double_first_moments)
+    (folder / "latest").touch()
+    run("verify", folder)
+    run("verify", folder, "--data", code=1)
+    reason = (
+        r"not whole\n .*mp_rank_0\d_optim.* holds other values of exp_avg of .*mp_rank_0\d_optim"
+    )
+    assert re.search(reason, capsys.readouterr().out)
+    for path in folder.glob("global_step2/*mp_rank_01_optim*"):
+        shutil.copy(PARALLEL / name / "global_step2" / path.name, path)
+    run("verify", folder, "--data")
+
+
 def without_info(name: str, folder: Path) -> Path:
     return resaved(
         name,
@@ -192,10 +219,15 @@ def test_rules_that_are_shipped_go_by_a_name(tmp_path: Path) -> None:
 
 def test_a_file_says_what_the_shipped_rules_leave_open(tmp_path: Path) -> None:
     folder = without_info("tp_z0fp32_w4", tmp_path / "checkpoint")
-    with pytest.raises(CheckpointError, match=r"how 1 of its parameters .*lm_head"):
+    advice = r"1 of its parameters .* llama leave them open; .* begins with extends = .llama., .*"
+    with pytest.raises(CheckpointError, match=f"{advice}tp_rules=FILE: 'lm_head"):
         ckpt.open(folder, tp_rules="llama")
-    (tmp_path / "rules.toml").write_text("extends = 'llama'\n'lm_head.*' = 'dim 0'\n")
-    with ckpt.open(folder, tp_rules=tmp_path / "rules.toml") as opened:
+    rules = tmp_path / "rules.toml"
+    rules.write_text("'lm_head.*' = 'dim 0'\n")
+    with pytest.raises(CheckpointError, match=f"{rules} has no rule for them; add a rule for each"):
+        ckpt.open(folder, tp_rules=rules)
+    rules.write_text("extends = 'llama'\n'lm_head.*' = 'dim 0'\n")
+    with ckpt.open(folder, tp_rules=rules) as opened:
         for name, expected in live(PARALLEL / "tp_z0fp32_w4")["live"].items():
             assert torch.equal(torch.as_tensor(opened[name]), expected), name
 

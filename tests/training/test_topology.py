@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracles import FIXTURES, torchrun
-from run_folders import SOURCE, real, small
+from run_folders import SOURCE, commit, real, small
 from stock_checkpoints import of_accelerate, with_model_of_another
 
 import ckpt
@@ -23,6 +23,7 @@ from ckpt.distributed.ranks import RankGroup
 from ckpt.engine import precision
 from ckpt.engine.layout import Layout, Topology
 from ckpt.engine.parameters import Parameter, pack
+from ckpt.folders.filenames import MANIFEST
 from ckpt.resuming import configured, topology
 from ckpt.resuming.changes import LoadOptions, changes
 from ckpt.resuming.request import ResumeRequest
@@ -213,14 +214,87 @@ def test_where_values_differ_the_option_named_is_that_of_the_command(
     assert f"with --no-verify (an option of: ckpt reshard {folder} --world" in str(raised.value)
 
 
-def test_all_front_ends_refuse_without_zero_by_name(
+WITHOUT_ZERO = Layout(Topology(0, 1), {})
+
+
+def test_what_is_not_written_without_zero_is_refused_with_the_reason(
     tmp_path: Path, alone: Callable[[], RankGroup]
 ) -> None:
     folder = real(tmp_path, 2).folder
-    without = Layout(Topology(0, 1), {})
     for mode in (None, "auto"):
-        with pytest.raises(CheckpointError, match=r"only stages 1 to 3 .*stage to 2"):
-            topology.loadable(alone(), folder, without, mode)  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match=r"stage to 2, or .* in 16 bits") as e:
+            topology.loadable(alone(), folder, WITHOUT_ZERO, mode)  # type: ignore[arg-type]
+        assert "run: ckpt reshard" not in str(e.value) and "pass reshard" not in str(e.value)
+    with pytest.raises(CheckpointError, match=r"stage to 0, or .* on any number of ranks as it is"):
+        topology.loadable(alone(), FIXTURES / "zero0-fp32", ONE, "auto")
+
+
+@pytest.mark.parametrize(
+    ("layout", "saved_stage"),
+    [
+        (WITHOUT_ZERO, 0),
+        (Layout(Topology(2, 3), {}), 2),
+    ],
+)
+def test_tensor_parallel_ranks_without_zero_are_resharded(
+    layout: Layout, saved_stage: int, tmp_path: Path, alone: Callable[[], RankGroup]
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(FIXTURES / "parallel" / "tp_z0fp32_w4", folder)
+    with pytest.raises(CheckpointError, match=r"4 ranks \(2 tensor-parallel\) .* or pass"):
+        topology.loadable(alone(), folder, layout, None)
+    output = topology.loadable(alone(), folder, layout, "auto")
+    point = ResumePoint.of(open_checkpoint(output))
+    assert point.topology.loads_as(layout.topology) and point.topology.stage == saved_stage
+
+
+def without_cuts(folder: Path) -> Path:
+    """A committed checkpoint of two tensor-parallel ranks whose files do not say their cuts."""
+    shutil.copytree(FIXTURES / "parallel" / "mpu_z1_nested_w4", folder)
+    for path in folder.glob("*/mp_rank_*_model_states.pt"):
+        root = torch.load(path, weights_only=False)
+        root.pop("universal_checkpoint_info")
+        torch.save(root, path)
+    manifest = commit(folder, 2).manifest
+    assert manifest is not None
+    (folder / MANIFEST).write_bytes(replace(manifest, stage=1, world_size=4).dumps())
+    return folder
+
+
+@pytest.mark.parametrize("degrees", [Degrees(), Degrees(4), Degrees(2)])
+def test_where_no_file_says_the_cuts_the_command_takes_rules(
+    degrees: Degrees, tmp_path: Path, alone: Callable[[], RankGroup]
+) -> None:
+    """And nothing else is advised: a resume has no rules, so that it cannot do it by itself."""
+    folder = without_cuts(tmp_path / "checkpoint-2")
+    layout = Layout(Topology(1, 8, degrees), {})
+    for mode in (None, "auto"):
+        with pytest.raises(CheckpointError, match="nothing in it says how parameters are") as e:
+            topology.loadable(alone(), folder, layout, mode)  # type: ignore[arg-type]
+        command = str(e.value).split("; run: ckpt ")[1].split(" (without")[0]
+        assert command.startswith(f"reshard {folder} --world-size 8 --stage 1 ")
+        assert command.endswith(" --tp-rules FILE")
+        assert "to-fp32" not in str(e.value) and "auto" not in str(e.value)
+
+    from ckpt.cli.main import main
+
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(command.replace("FILE", "megatron-gpt").split())
+    output = Path(command.split(" -o ")[1].split()[0])
+    assert topology.loadable(alone(), output, layout, None) == output
+
+
+def test_a_cut_that_does_not_fit_names_the_command(
+    tmp_path: Path, alone: Callable[[], RankGroup]
+) -> None:
+    """Not an option that a resume lacks."""
+    layout = Layout(Topology(1, 12, Degrees(3)), {})
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(FIXTURES / "parallel" / "mpu_z1_nested_w4", folder)
+    with pytest.raises(CheckpointError, match="not cut for 3 tensor-parallel ranks") as e:
+        topology.loadable(alone(), folder, layout, "auto")
+    command = f"ckpt reshard {folder} --world-size 12 --stage 1 --tp 3 -o {folder}-tp3-w12"
+    assert f"(an option of: {command}), and resume from that by name" in str(e.value)
 
 
 def test_of_a_checkpoint_without_a_manifest_it_is_made_anew(

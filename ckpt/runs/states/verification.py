@@ -9,7 +9,7 @@ by names and headers, or by their bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -25,7 +25,10 @@ from ckpt.runs.states.status import CheckpointStatus
 from ckpt.text import size
 from converters import detect
 from converters.errors import CheckpointError, unreadable
+from converters.execute import replicas
 from converters.options import SAMPLE, SEED
+from converters.source import Source
+from converters.tensors import TensorRef
 from converters.words import counted, shell_word, some, verb
 
 
@@ -252,7 +255,7 @@ def _complete(planned: VerificationPlan, progress: Progress, reading: Reading | 
     if checksum_plan is None:
         return Verdict(status, depth, (), tuple(proven))
 
-    problems = [*_problems(checksum_plan, progress, reading), *_unlike_values(status)]
+    problems = [*_problems(checksum_plan, progress, reading), *_unlike_values(status, depth)]
     if planned.look is not None and planned.look != liveness.look(folder):
         problems.append("it changed while it was read: somebody is writing it; try again later")
 
@@ -270,18 +273,46 @@ def _complete(planned: VerificationPlan, progress: Progress, reading: Reading | 
     )
 
 
-def _unlike_values(status: CheckpointStatus) -> list[str]:
-    """A line if the model file of DeepSpeed holds other values than its states."""
+def _unlike_values(status: CheckpointStatus, depth: Depth) -> list[str]:
+    """A line if the model file of DeepSpeed holds other values than its states or, where
+    every byte is read, a rank others of what several have."""
     folder = status.checkpoint.folder
     try:
         source = detect.read(folder, status.tag) if status.tag is not None else None
         if source is not None:
             value_samples.require_same(source, value_samples.remedy_of(source, folder))
+            if depth.word == "data":
+                replicas.require_same(_tensors_of(source))
     except CheckpointError as error:
-        is_read = error.kind not in ("unsupported", "refused")
-        return [str(error).replace(f"{folder}/", "")] if is_read else []
+        return [str(error).replace(f"{folder}/", "")] if _is_finding(error) else []
 
     return []
+
+
+def _is_finding(error: CheckpointError) -> bool:
+    """Whether it says what is wrong with a checkpoint, not what is not read of it."""
+    return error.kind not in ("unsupported", "refused")
+
+
+def _tensors_of(source: Source) -> Iterable[tuple[str, TensorRef]]:
+    """The tensors of a checkpoint whose ranks share some, the optimizer's states with them
+    where these are read; none of another checkpoint."""
+    if not any(tensor.replicas for tensor in source.weights.tensors.values()):
+        return ()
+
+    from converters.zero.merging import reader as merging  # which few checkpoints need
+    from converters.zero.merging.checkpoint import MergedCheckpoint
+
+    tensors: Iterable[tuple[str, TensorRef]] = source.weights.tensors.items()
+    try:
+        merged_checkpoint = merging.read(source.place.folder)
+    except CheckpointError as error:
+        if _is_finding(error):
+            raise
+        return tensors
+    return (
+        merged_checkpoint.tensors() if isinstance(merged_checkpoint, MergedCheckpoint) else tensors
+    )
 
 
 def _checked_line(checksum_plan: ChecksumPlan, depth: Depth, has_problems: bool) -> str:

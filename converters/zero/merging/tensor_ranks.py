@@ -88,9 +88,10 @@ class TensorRanks:
                 layouts[name] = layout
 
         if unknown:
+            advice = cut_table.template(unknown, rules.current())
             raise CheckpointError(
                 f"{checkpoint.model.path} does not say how parameters are cut for {rank_count} "
-                f"tensor-parallel ranks; {cut_table.template(unknown)}",
+                f"tensor-parallel ranks; {advice}",
                 "unsupported",
             )
         return TensorRanks(checkpoint, rank_count, layouts, rule)

@@ -25,6 +25,10 @@ INFO = "universal_checkpoint_info"
 MAX_LISTED = 24  # parameters in a template
 
 
+class UnknownCutsError(CheckpointError):
+    """The error for parameters of which nothing says how they were cut."""
+
+
 @dataclass(slots=True)
 class CutTable:
     """The cuts of a checkpoint's parameters.
@@ -112,14 +116,15 @@ class CutTable:
         return self.entries[fitting[0]] if fitting else None
 
     def require_known(self) -> None:
-        """``CheckpointError``, with a template of rules, if a parameter has no cut."""
+        """``UnknownCutsError``, with a template of rules, if a parameter has no cut."""
         if not self.unknown:
             return
 
         texts = {name: f"shards: {_described(shapes)}" for name, shapes in self.unknown.items()}
-        raise CheckpointError(
+        advice = template(texts, self.rules)
+        raise UnknownCutsError(
             f"{self.model.path} is of {self.rank_count} tensor-parallel ranks, and nothing in it "
-            f"says how {len(self.unknown):,} of its parameters were cut; {template(texts)}",
+            f"says how {len(self.unknown):,} of its parameters were cut; {advice}",
             "unsupported",
         )
 
@@ -135,8 +140,9 @@ def _of_cuts(info: Mapping[str, Any]) -> dict[str, Any]:
     return {key: info[key] for key in (*patterns.KEYS, affine_map.KEY) if key in info}
 
 
-def template(texts: Mapping[str, str]) -> str:
-    """The advice for parameters without a cut: a file of rules, with its beginning.
+def template(texts: Mapping[str, str], rules: Rules | None) -> str:
+    """The advice for parameters without a cut: a file of rules, with its beginning, or
+    with what ``rules``, those that were given, lack.
 
     ``texts`` says of each parameter what its shapes are.
     """
@@ -144,10 +150,26 @@ def template(texts: Mapping[str, str]) -> str:
     lines = list(templates)[:MAX_LISTED]
     remainder = len(templates) - len(lines)
     more = f"; and {remainder:,} more" if remainder else ""
+    return f"{_advice(rules)}: {'; '.join(lines)}{more}"
+
+
+def _advice(rules: Rules | None) -> str:
+    """Where to write the rules that are missing, and of which form they are."""
+    forms = (
+        "a rule for each, which may be a pattern (replicated, dim 0, dim 1, average, or "
+        "{ dim = 0, parts = N })"
+    )
+    option = TP_RULES("FILE")
+    if rules is None:
+        return (
+            f"write a file with {forms}, and give it with {option}, or name one of those that are "
+            f"shipped ({', '.join(shipped_rules.RULES)})"
+        )
+    if (name := rules.shipped_name) is None:
+        return f"{rules.path} has no rule for them; add {forms}"
     return (
-        "write a file with a rule for each, which may be a pattern (replicated, dim 0, dim 1, "
-        f"average, or {{ dim = 0, parts = N }}), and give it with {TP_RULES('FILE')}, or name one "
-        f"of those that are shipped ({', '.join(shipped_rules.RULES)}): {'; '.join(lines)}{more}"
+        f"the rules of {name} leave them open; write a file that begins with extends = "
+        f'"{name}", with {forms}, and give it with {option}'
     )
 
 

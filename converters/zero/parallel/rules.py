@@ -46,6 +46,12 @@ class Rules:
     path: Path
     values: Mapping[str, Any]
 
+    @property
+    def shipped_name(self) -> str | None:
+        """The name of the rules that are shipped, if they are these and nothing else."""
+        names = (name for name, values in shipped_rules.RULES.items() if values is self.values)
+        return next(names, None)
+
     def cut_of(self, name: str, shapes: Shapes) -> Cut | None:
         """The cut of a parameter; ``None`` if no pattern fits its name."""
         for pattern, rule in self.values.items():

@@ -31,6 +31,7 @@ from ckpt.saving.commit import identity
 from ckpt.saving.torch_states import TRAINING_STATE
 from ckpt.state import plain
 from ckpt.torch_training import loading
+from ckpt.torch_training.saved_states import SavedStates
 from ckpt.torch_training.training import TorchTraining
 from converters.detect import detect
 from converters.detect.filenames import DCP, OPTIMIZERS
@@ -64,7 +65,7 @@ class TorchResume:
                 weights_alone = options.weights_alone
                 state = RankState.none() if weights_alone else request.state(source)
                 shared_state = self._shared_state(source)
-                states = loading.SavedStates.read(source.folder, options.renamed)
+                states = SavedStates.read(source.folder, options.renamed)
                 with_optimizer = options.optimizer_states
                 plan = loading.require_fit(states, self.training, with_optimizer, self.strict)
                 comparison = Comparison(source, self.training, options)
@@ -133,13 +134,13 @@ class TorchResume:
 
     def _load(
         self,
-        states: loading.SavedStates,
+        states: SavedStates,
         plan: loading.LoadPlan,
         comparison: Comparison,
         shared_state: dict[str, Any],
     ) -> None:
         options, training = self.request.options, self.training
-        loading.load_model(states, plan)
+        loading.load_model(states, plan, self.strict)
         if options.weights_alone:
             return
         if options.optimizer_states and training.optimizer is not None:

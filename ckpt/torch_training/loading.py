@@ -14,22 +14,22 @@ in one piece.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ckpt.engine.parameters import new_name
-from ckpt.torch_training import leaves
+from ckpt.torch_training import group_matching, leaves
 from ckpt.torch_training.boxes import LocalBox, Shape, local_box
+from ckpt.torch_training.model_entries import ModelEntries, Target
+from ckpt.torch_training.nesting import fill_leaves
+from ckpt.torch_training.saved_states import SavedStates
 from ckpt.torch_training.training import TorchTraining
 from converters.dcp import items
-from converters.dcp.dcp_state import DcpState
 from converters.dcp.entries.description import StoredTensor
-from converters.dcp.keys import layouts
-from converters.dcp.optimizer_state import SavedOptimizer
 from converters.errors import CheckpointError
 from converters.storage import open_files
 from converters.tensors import TensorRef
@@ -38,53 +38,19 @@ from converters.words import shape as shape_text
 
 
 @dataclass(frozen=True, slots=True)
-class SavedStates:
-    """The states of a training in a folder of DCP: leaves of its model and of its
-    optimizer, by name.
-
-    ``renamed`` has been applied to the names.
-    """
-
-    state: DcpState
-    model: Mapping[str, str]
-    optimizer: SavedOptimizer | None
-    renamed: Mapping[str, str]
-
-    @classmethod
-    def read(cls, folder: Path, renamed: Mapping[str, str]) -> SavedStates:
-        """``CheckpointError`` for what is damaged, or holds no model."""
-        state = DcpState(folder)
-        layout = layouts.split(state.leaves, folder)
-        has_optimizer = bool(layout.optimizer.states or layout.optimizer.groups)
-        optimizer = SavedOptimizer(state, layout.optimizer) if has_optimizer else None
-        model = {new_name(name, renamed): leaf for name, leaf in layout.model.items()}
-        return cls(state, model, optimizer, renamed)
-
-    @property
-    def folder(self) -> Path:
-        """The folder that it lies in."""
-        return self.state.folder
-
-    def stored(self, leaf: str) -> StoredTensor:
-        """A tensor as it is described."""
-        return self.state.description.tensors[leaf]
-
-
-class Target(NamedTuple):
-    """A tensor of the model, and all its names there."""
-
-    value: torch.Tensor
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """The targets of a load, by the leaf; groups of the optimizer as saved."""
+    """The targets of a load, by the leaf; groups of the optimizer as saved.
+
+    Of ``computed``, ``optimizer_states`` (by the saved name of the parameter) and
+    ``groups`` each tensor is a ``StoredLeaf``, which is read by the load.
+    """
 
     training: TorchTraining
     targets: Mapping[str, torch.Tensor]
+    computed: Mapping[str, Any] = field(default_factory=dict)  # by the key in the state dict
     names: Mapping[int, str] = field(default_factory=dict)  # of parameters as saved, by id
     groups: tuple[Mapping[str, Any], ...] = ()  # options, in the order of the optimizer's groups
+    optimizer_states: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def require_fit(
@@ -95,10 +61,10 @@ def require_fit(
 
     Without ``strict`` the model may have more, and the checkpoint too.
     """
-    targets_by_name = _targets(training)
+    entries = ModelEntries.of(training)
     targets: dict[str, torch.Tensor] = {}
     missing: list[str] = []
-    for target in targets_by_name:
+    for target in entries.targets:
         name = next((name for name in target.names if name in states.model), None)
         if name is None:
             missing.append(target.names[0])
@@ -107,23 +73,23 @@ def require_fit(
             _require_alike(states.folder, name, states.stored(leaf), target.value)
             targets[leaf] = target.value
 
-    known_names = {name for target in targets_by_name for name in target.names}
-    surplus = [name for name in states.model if name not in known_names]
+    computed: dict[str, Any] = {}
+    for key, value in entries.computed.items():
+        name = training.name_of(key)
+        if name in states.entries:
+            computed[key] = states.nest(name, states.entries[name])
+        elif value != {}:  # which torch does not save
+            missing.append(name)
+
+    names = {name for target in entries.targets for name in target.names}
+    names |= {training.name_of(key) for key in entries.computed}
+    surplus = states.names_beside(names)
     if strict and (missing or surplus):
         raise _other_names(states.folder, missing, surplus)
+    plan = LoadPlan(training, targets, computed)
     if not with_optimizer or training.optimizer is None:
-        return LoadPlan(training, targets)
-    return _with_optimizer(states, LoadPlan(training, targets), targets_by_name)
-
-
-def _targets(training: TorchTraining) -> list[Target]:
-    names: dict[int, list[str]] = {}
-    values: dict[int, torch.Tensor] = {}
-    for leaf in leaves.of_model(training):
-        if leaf.is_tensor:
-            names.setdefault(id(leaf.value), []).append(str(leaf.path[1]))
-            values[id(leaf.value)] = leaf.value
-    return [Target(values[key], tuple(names[key])) for key in names]
+        return plan
+    return _with_optimizer(states, plan, entries.targets)
 
 
 def _other_names(folder: Path, missing: list[str], surplus: list[str]) -> CheckpointError:
@@ -149,8 +115,8 @@ def _require_alike(folder: Path, name: str, stored: StoredTensor, value: torch.T
         )
     if stored.dtype != dtype:
         raise CheckpointError(
-            f"{folder}: {name} is {stored.dtype}, in this model {dtype}, which would round it; "
-            "make the model in the type that was saved",
+            f"{folder}: {name} is {stored.dtype}, in this model {dtype}; make the model in the "
+            "type that was saved",
             "refused",
         )
 
@@ -165,75 +131,54 @@ def _with_optimizer(states: SavedStates, plan: LoadPlan, targets: Iterable[Targe
             "incomplete",
         )
 
-    saved_groups = saved.groups()
-    group_of = {
-        new_name(name, states.renamed): (index, name)
-        for index, group in enumerate(saved_groups)
-        for name in group.names
-    }
     aliases = {id(target.value): target.names for target in targets}
-    names: dict[int, str] = {}
-    options = []
-    for number, group in enumerate(training.optimizer.param_groups):
-        indices = set()
-        for value in group[leaves.PARAMS]:
-            matches = [group_of[name] for name in aliases[id(value)] if name in group_of]
-            if not matches:
-                raise _other_groups(states.folder, number, aliases[id(value)][0])
-            indices.add(matches[0][0])
-            names[id(value)] = matches[0][1]
-        if len(indices) > 1:
-            raise _other_groups(states.folder, number, aliases[id(group[leaves.PARAMS][0])][0])
-        options.append(saved_groups[indices.pop()].options if indices else {})
-
-    lost = [name for name, (_, saved_name) in group_of.items() if saved_name not in names.values()]
-    if lost:
-        raise _other_groups(states.folder, None, lost[0])
-    return LoadPlan(training, plan.targets, names, tuple(options))
+    match = group_matching.match(states.folder, saved, training, aliases, states.renamed)
+    options = states.group_options()
+    groups = tuple({} if index is None else options[index] for index in match.indices)
+    optimizer_states = {
+        name: state for name in match.names.values() if (state := states.optimizer_state(name))
+    }
+    return replace(plan, names=match.names, groups=groups, optimizer_states=optimizer_states)
 
 
-def _other_groups(folder: Path, number: int | None, name: str) -> CheckpointError:
-    place = "no param group" if number is None else f"param group {number}"
-    return CheckpointError(
-        f"{folder}: {name} is in {place} of this optimizer, and was saved in another; give the "
-        "optimizer the same groups, or load_optimizer_states=False to begin with a new one",
-        "refused",
-    )
-
-
-def load_model(states: SavedStates, plan: LoadPlan) -> None:
-    """Fills the parameters and buffers with this rank's part of each."""
+def load_model(states: SavedStates, plan: LoadPlan, strict: bool = True) -> None:
+    """Fills the parameters and buffers with this rank's part of each, and gives modules what
+    they had computed; ``strict`` as of ``load_state_dict``."""
     with torch.no_grad():
         for leaf, value in plan.targets.items():
             fill(states, leaf, local_box(leaf, value))
 
+    if plan.computed:
+        module = plan.training.module
+        current = module.state_dict(keep_vars=True)
+        values = {
+            key: fill_leaves(value, partial(_value, states, owner=current[key]))
+            for key, value in plan.computed.items()
+        }
+        module.load_state_dict({**current, **values}, strict=strict)
+
 
 def load_optimizer(states: SavedStates, plan: LoadPlan) -> None:
     """Gives the optimizer its state, and its groups the options that were saved."""
-    optimizer, saved = plan.training.optimizer, states.optimizer
-    assert saved is not None
+    optimizer = plan.training.optimizer
     state: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     parameters: list[torch.Tensor] = []
     for group, options in zip(optimizer.param_groups, plan.groups, strict=True):
         numbers = range(len(parameters), len(parameters) + len(group[leaves.PARAMS]))
         parameters += group[leaves.PARAMS]
+        options = fill_leaves(options, partial(_value, states, owner=None))
         groups.append({**_options(group, options), leaves.PARAMS: [*numbers]})
 
     for number, parameter in enumerate(parameters):
-        values = saved.leaves.states.get(plan.names[id(parameter)], {})
+        values = plan.optimizer_states.get(plan.names[id(parameter)])
         if values:
-            state[number] = {key: _value(states, leaf, parameter) for key, leaf in values.items()}
+            state[number] = fill_leaves(values, partial(_value, states, owner=parameter))
 
     optimizer.load_state_dict({leaves.STATE: state, leaves.GROUPS: groups})
-    for number, values in state.items():  # torch rounds states to the type of their parameter
-        torch_state = optimizer.state[parameters[number]]
-        for key, value in values.items():
-            current = torch_state.get(key)
-            if not isinstance(value, torch.Tensor) or not isinstance(current, torch.Tensor):
-                continue
-            if current.dtype != value.dtype:
-                torch_state[key] = value.to(current.device)
+    for number, values in state.items():
+        parameter = parameters[number]
+        optimizer.state[parameter] = _as_saved(values, optimizer.state[parameter])
 
 
 def _options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,27 +189,30 @@ def _options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, An
         current = options.get(key)
         if isinstance(current, torch.Tensor) and isinstance(value, (int, float)):
             value = torch.full_like(current, value)
-        if _is_plain(value) or isinstance(value, torch.Tensor):
-            options[key] = value
+        options[key] = value
     return options
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (bool, int, float, str, bytes, type(None)))
+def _as_saved(value: Any, current: Any) -> Any:
+    """A state as it was saved, of what ``Optimizer.load_state_dict`` made of it: that rounds
+    tensors to the type of their parameter, and makes other texts of texts."""
+    if isinstance(value, torch.Tensor) and isinstance(current, torch.Tensor):
+        return current if current.dtype == value.dtype else value.to(current.device)
+    if isinstance(value, dict) and isinstance(current, dict):
+        return {key: _as_saved(value.get(key, entry), entry) for key, entry in current.items()}
+    if isinstance(value, list) and isinstance(current, list) and len(value) == len(current):
+        return [_as_saved(*pair) for pair in zip(value, current, strict=True)]
+    return value if type(value) is type(current) else current
 
 
-def _value(states: SavedStates, leaf: str, parameter: torch.Tensor) -> Any:
-    """The state that the optimizer keeps for a parameter, this rank's part of it."""
-    if leaf not in states.state.description.tensors:
-        return states.state.value(leaf)
-
+def _value(states: SavedStates, leaf: str, owner: Any) -> torch.Tensor:
+    """A tensor, this rank's part of it where ``owner`` of the same shape is sharded: the
+    parameter that the optimizer keeps it for, or what is in its place now."""
     stored = states.stored(leaf)
     dtype = getattr(torch, stored.dtype)
-    if stored.shape == tuple(parameter.shape) and stored.shape:
-        value = torch.empty_like(parameter.detach(), dtype=dtype)
-    elif stored.shape and hasattr(parameter, "placements"):
+    if isinstance(owner, torch.Tensor) and stored.shape == tuple(owner.shape) and stored.shape:
+        value = torch.empty_like(owner.detach(), dtype=dtype)
+    elif stored.shape and hasattr(owner, "placements"):
         raise CheckpointError(
             f"{states.folder}: {leaf} has another shape than its parameter, and nothing says how "
             "it is sharded here; load it with dcp.load, or load_optimizer_states=False",

@@ -22,6 +22,8 @@ class MeasuredTraining(TorchTraining):
         if self.optimizer is None or any(self.optimizer.state.values()):
             return nbytes
 
-        trained = [leaf for leaf in leaves.of_model(self) if leaf.value.requires_grad]
+        trained = [
+            leaf for leaf in leaves.of_model(self) if leaf.is_tensor and leaf.value.requires_grad
+        ]
         trained_bytes = capture.part_of(trained, rank, world).file.nbytes
         return nbytes + int(trained_bytes * (first_step.growth(self.optimizer) - 1))

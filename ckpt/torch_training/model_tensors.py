@@ -30,7 +30,11 @@ def inventory(training: TorchTraining) -> Inventory:
     """
     module = training.module
     parameter_ids = {id(parameter) for parameter in module.parameters()}
-    values = {str(leaf.path[1]): leaf.value for leaf in leaves.of_model(training) if leaf.is_tensor}
+    values = {
+        str(leaf.path[1]): leaf.value
+        for leaf in leaves.of_model(training)
+        if leaf.is_tensor and len(leaf.path) == 2  # and not in an extra state
+    }
     first_names: dict[int, str] = {}
     aliases: dict[str, str] = {}
     for name, value in values.items():

@@ -42,7 +42,7 @@ from converters.dcp.entries.records import (
     record_of,
     shape_of,
 )
-from converters.dcp.keys.leaves import KeyPath
+from converters.dcp.keys.leaves import KeyPath, ListIndex
 from converters.errors import CheckpointError, MalformedError
 from converters.pickles.interpreter import Interpreter
 from converters.pickles.values import Call, Global
@@ -275,7 +275,7 @@ def _keys(planner_data: Any) -> dict[str, KeyPath]:
 
 
 def _key_text(key: Any) -> str:
-    return key if isinstance(key, str) else str(key) if is_whole_number(key) else "?"
+    return key if isinstance(key, str) else ListIndex(key) if is_whole_number(key) else "?"
 
 
 def _joined(

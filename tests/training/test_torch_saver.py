@@ -61,7 +61,7 @@ def _require_refusals(lines: list[str]) -> None:
     expected = (
         "wide.weight is 7 x 9, in this model 8 x 9",
         "optimizer: AdamW saved, SGD now",
-        "is in param group 0 of this optimizer, and was saved in another",
+        "is in param group 0 of this optimizer, and was saved in param group 1",
         "scheduler: LambdaLR saved, none now",
         "extra sampler was saved, but was not passed",
         "weights='int8', expected bf16, fp16, fp32 or None",

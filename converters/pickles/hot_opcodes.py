@@ -29,7 +29,7 @@ TAIL_BYTES = 16  # more than any opcode with an operand of fixed size takes
 _U16, _I32, _U32 = (Struct(layout).unpack_from for layout in ("<H", "<i", "<I"))
 _OBJECT_BEGINS = b"\x81\x94}\x94("
 _CALL_WITH_IT = b"\x94\x85\x94R"
-_ONE_TUPLE_BYTES, _DICT_BYTES = getsizeof((None,)), getsizeof({})
+_ONE_TUPLE_BYTES, _LIST_BYTES, _DICT_BYTES = getsizeof((None,)), getsizeof([]), getsizeof({})
 _BUILD, _MEMOIZE = b"b"[0], b"\x94"[0]
 
 Operation = Callable[[Machine, int], int]
@@ -66,6 +66,27 @@ def _text(machine: Machine, position: int) -> int:
     machine.position = position + 4
     machine.stack.append(machine.text(_U32(machine.data, position)[0]))
     return machine.position
+
+
+def _true(machine: Machine, position: int) -> int:
+    machine.stack.append(True)
+    return position
+
+
+def _push_top(machine: Machine, position: int) -> int:
+    stack = machine.stack
+    if not stack:
+        machine.position = position
+        machine.push_top()  # which fails
+    stack.append(stack[-1])
+    return position
+
+
+def _list(machine: Machine, position: int) -> int:
+    machine.position = position
+    machine.charge(_LIST_BYTES)
+    machine.stack.append([])
+    return position
 
 
 def _false(machine: Machine, position: int) -> int:
@@ -224,7 +245,10 @@ def _set_items(machine: Machine, position: int) -> int:
 
 _OPERATIONS: dict[bytes, Operation] = {
     b"N": _none,
+    b"\x88": _true,
     b"\x89": _false,
+    b"2": _push_top,
+    b"]": _list,
     b"X": _text,
     b"q": _put,
     b"r": _long_put,

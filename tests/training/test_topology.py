@@ -284,6 +284,15 @@ def test_where_no_file_says_the_cuts_the_command_takes_rules(
     assert topology.loadable(alone(), output, layout, None) == output
 
 
+def test_without_a_manifest_too(tmp_path: Path) -> None:
+    folder = without_cuts(tmp_path / "checkpoint-2")
+    (folder / MANIFEST).unlink()
+    command = f"ckpt reshard {folder} --world-size N --tp N --tp-rules FILE"
+    with pytest.raises(CheckpointError, match=rf"engine.load_checkpoint .* run: {command}") as e:
+        ResumePoint.of(open_checkpoint(folder))
+    assert "to-fp32" not in str(e.value)
+
+
 def test_a_cut_that_does_not_fit_names_the_command(
     tmp_path: Path, alone: Callable[[], RankGroup]
 ) -> None:

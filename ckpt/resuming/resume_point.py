@@ -20,16 +20,19 @@ from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Run, RunCheckpoint, bytes_under, is_numbered
 from ckpt.state import plain, rank_files, rng
-from converters import detect
+from converters import detect, options
 from converters.accessors import is_whole_number
 from converters.detect import sharded
 from converters.detect.kind import DEEPSPEED
 from converters.errors import CheckpointError
+from converters.options import TP, TP_RULES, WORLD_SIZE
 from converters.source import Place
+from converters.words import shell_word
 from converters.zero.files.discovery import is_tag_folder
 from converters.zero.merging import saved_degrees
 from converters.zero.merging.saved_degrees import Degrees
 from converters.zero.model_ranks import folder_files
+from converters.zero.parallel.cut_table import UnknownCutsError
 
 if TYPE_CHECKING:
     from ckpt.distributed.ranks import RankGroup
@@ -186,7 +189,10 @@ class ResumePoint:
         """One without a manifest, by its state files."""
         has_tag = tag is not None and (run_checkpoint.folder / tag).is_dir()
         inner_tag = tag if has_tag else None
-        zero_checkpoint = detect.read(run_checkpoint.folder, inner_tag, complete=True)
+        try:
+            zero_checkpoint = detect.read(run_checkpoint.folder, inner_tag, complete=True)
+        except UnknownCutsError as error:
+            raise _unknown_cuts(run_checkpoint.folder) from error
         if zero_checkpoint.kind in sharded.READ:
             raise detect.detect(run_checkpoint.folder).unlike(DEEPSPEED)
 
@@ -198,6 +204,21 @@ class ResumePoint:
         folder = zero_checkpoint.place.folder
         choice = run_checkpoint.folder
         return cls(folder.parent, folder.name, step, topology, choice=choice)
+
+
+def _unknown_cuts(folder: Path) -> CheckpointError:
+    """The error for tensor-parallel ranks of a checkpoint without a manifest."""
+    with options.using(options.of_commands, overrides=True):
+        command = (
+            f"ckpt reshard {shell_word(folder)} {WORLD_SIZE('N')} {TP('N')} {TP_RULES('FILE')}"
+        )
+    return CheckpointError(
+        f"{folder}: nothing in it says how its tensor-parallel ranks cut parameters, so that ckpt "
+        "does not resume from it without a manifest; load it with engine.load_checkpoint on the "
+        f"ranks that saved it, or for others run: {command} (without the file it prints what to "
+        "write into that), and resume from the result by name",
+        "unsupported",
+    )
 
 
 def _recorded_degrees(manifest: Manifest) -> Degrees:

@@ -24,7 +24,7 @@ from ckpt.runs.run import open_checkpoint
 from ckpt.runs.states.status import status_of
 from converters import options
 from converters.errors import CheckpointError
-from converters.options import TP_RULES
+from converters.options import OUTPUT, TP_RULES
 from converters.words import shell_word
 from converters.zero.parallel import engine_cuts
 from converters.zero.parallel.cut_table import UnknownCutsError
@@ -306,7 +306,7 @@ def _naming_command(source: ResumePoint, layout: Layout) -> Iterator[None]:
         with options.using(options.of_commands, overrides=True):
             yield
     except CheckpointError as error:
-        if not any(flag in str(error) for flag in (" --", " -o")):
+        if not any(flag in str(error) for flag in (" --", f" {OUTPUT.flag}")):
             raise
         raise CheckpointError(
             f"{error} (an option of: {_command(source, layout)}), and resume from that by name",

@@ -284,6 +284,15 @@ def test_where_no_file_says_the_cuts_the_command_takes_rules(
     assert topology.loadable(alone(), output, layout, None) == output
 
 
+def test_without_a_manifest_too(tmp_path: Path) -> None:
+    folder = without_cuts(tmp_path / "checkpoint-2")
+    (folder / MANIFEST).unlink()
+    command = f"ckpt reshard {folder} --world-size N --tp N --tp-rules FILE"
+    with pytest.raises(CheckpointError, match=rf"engine.load_checkpoint .* run: {command}") as e:
+        ResumePoint.of(open_checkpoint(folder))
+    assert "to-fp32" not in str(e.value)
+
+
 def test_a_cut_that_does_not_fit_names_the_command(
     tmp_path: Path, alone: Callable[[], RankGroup]
 ) -> None:
@@ -380,7 +389,7 @@ def test_find_without_ranks_asks_nobody(tmp_path: Path) -> None:
         ckpt.find(tmp_path, reshard="auto")
 
 
-def test_the_configuration_says_the_layout() -> None:
+def test_the_configuration_says_the_layout(tmp_path: Path) -> None:
     zero_of = {"stage": 3, "sub_group_size": 1e6}
     found = Layout.of_config({"zero_optimization": zero_of}, 4)
     unknown_experts = Degrees(expert_ranks=None)  # a model of DeepSpeed-MoE says it, not a setting
@@ -388,12 +397,13 @@ def test_the_configuration_says_the_layout() -> None:
     muon = {"zero_optimization": {"stage": 3}, "optimizer": {"type": "Muon"}}
     found = Layout.of_config(muon, 4, zero_init=False)
     assert found is not None and found.settings["zero_init"] is False
-    source = ResumePoint(Path("out/c"), "t", 1, Topology(2, 2))
+    (tmp_path / "c" / "t").mkdir(parents=True)
+    source = ResumePoint(tmp_path / "c", "t", 1, Topology(2, 2))
     said = str(topology.refusal(source, found, "or else"))
-    assert "--stage 3 --sub-group-size 1000000000 --no-zero-init -o out/c-z3-w4; or else" in said
-    assert "zero-init" not in str(
-        topology.refusal(ResumePoint(Path("c"), "t", 1, Topology(3, 2)), found)
-    )
+    options = "--stage 3 --sub-group-size 1000000000 --no-zero-init"
+    assert f"{options} -o {tmp_path}/c-z3-w4; or else" in said
+    of_stage_3 = replace(source, topology=Topology(3, 2))
+    assert "zero-init" not in str(topology.refusal(of_stage_3, found))
     assert Layout.of_config({}, 2) == Layout(Topology(0, 2, unknown_experts), {})
     assert Layout.of_config({"zero_optimization": {"stage": "auto"}}, 2) is None
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ckpt.engine import optimizers, parameters, precision
 from ckpt.engine.remedies import DEFAULT_WAYS, Ways
 from ckpt.resuming.config import config_changes
-from ckpt.resuming.value_text import shown, shown_pair
+from ckpt.resuming.value_text import OTHER_FILES, file_form, shown, shown_pair
 
 Effect = Literal["kept", "yours", "refused", "wrong"]
 Record = Mapping[str, Any]
@@ -204,9 +204,7 @@ def _option(
     of_group = "" if len(differing) == count else f" of param group {index}"
     beginning = f" (it began with {shown(base)})" if saved_value != base else ""
     needs_states = any(optimizers.adds_states(algorithm, name, *row[1:3]) for row in differing)
-    hint = (
-        "yours needs states that it lacks" if needs_states else f'override={{"{name}"}} takes yours'
-    )
+    hint = "yours needs states that it lacks"
     if name in request.override and needs_states:
         line = f"{shown(current_value)} needs states that it lacks; leave it out of override"
         return Change(name, "wrong", f"{name}{of_group}: {line}")
@@ -219,8 +217,8 @@ def _option(
 
     line = (
         f"{name}{of_group}: {shown(saved_value)} of the checkpoint is "
-        f"used{beginning}, {shown(current_value)} was asked for; {hint}"
-    )
+        f"used{beginning}, {shown(current_value)} was asked for; "
+    ) + (hint if needs_states else f'override={{"{name}"}} takes yours')
     return Change(name, "kept", line)
 
 
@@ -344,6 +342,8 @@ def _section(
             title = f"offload of {name}" if section == "offload" else name
             saved_text, current_text = shown_pair(saved_value, current[name])
             line = f"{title}: {saved_text} saved, {current_text} now"
+            if name == "sharding" and file_form(saved_value) != file_form(current[name]):
+                effect, line = "wrong", f"{line}; {OTHER_FILES}"
             yield Change(title, effect, line)
 
 

@@ -92,6 +92,15 @@ def _require_states_of_options() -> None:
     assert yours.effect == "yours"  # it has more states then
 
 
+def test_files_that_no_load_reads_are_refused_whatever_was_asked() -> None:
+    effects = []
+    for now in ("none", "FSDP2, FULL_STATE_DICT", "FSDP1, SHARDED_STATE_DICT"):
+        saved = {"topology": {"sharding": "FSDP2, SHARDED_STATE_DICT"}}
+        (change,) = changes(saved, {"topology": {"sharding": now}}, LoadOptions())
+        effects.append((change.effect, "neither reads the files" in change.line))
+    assert effects == [("wrong", True), ("wrong", True), ("refused", False)]
+
+
 def test_each_setting_that_differs_has_its_effect_and_its_sentence() -> None:
     assert differing({}) == []
     qk = [Parameter(f"layers.{i}.{n}.A", (4, 16)) for i in (0, 1) for n in ("q", "k")]

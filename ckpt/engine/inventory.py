@@ -336,7 +336,20 @@ def config_of(module: Any) -> Any:
     if not is_hugging_face or hasattr(module, "peft_config"):
         return None
     named_config: Any = deepcopy(config)
-    classes = named_config.architectures or [type(module).__name__]
-    # fully_shard makes a class FSDPX of the model's class X
-    named_config.architectures = [name.removeprefix("FSDP") for name in classes]
+    kind = type(module).__name__
+    classes = [
+        class_name(module) if name == kind else name for name in named_config.architectures or ()
+    ]
+    named_config.architectures = classes or [class_name(module)]
     return named_config
+
+
+def class_name(module: Any) -> str:
+    """The name of a model's class, without what ``fully_shard`` puts before it.
+
+    Source: torch 2.13 ``distributed/fsdp/_fully_shard/_fully_shard.py``: a class "FSDP..."
+    of ``FSDPModule`` and the model's own.
+    """
+    kind = type(module)
+    is_sharded = kind.__bases__[0].__name__ == "FSDPModule" and len(kind.__bases__) > 1
+    return str((kind.__bases__[1] if is_sharded else kind).__name__)

@@ -72,6 +72,18 @@ def has_states_of(saved: str, current: str) -> bool:
     return saved == current or {saved, current} == {"Adam", "AdamW"}
 
 
+def adds_states(algorithm_name: str, option: str, saved: Any, current: Any) -> bool:
+    """Whether an option, as it is now, makes an optimizer keep states that it had none of
+    as it was saved: its next step would miss them.
+
+    Source: torch 2.13 ``optim/adam.py``, ``optim/rmsprop.py`` (``_init_group``). SGD begins
+    with a new momentum.
+    """
+    has_states = option in ("amsgrad", "centered")
+    has_states |= option == "momentum" and algorithm_name == "RMSprop"
+    return has_states and bool(current) and not saved
+
+
 def options(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The options of each param group, as JSON."""
     return [

@@ -23,9 +23,17 @@ def sharding_of(module: Any) -> str:
 
     from accelerate.state import AcceleratorState
 
-    plugin = AcceleratorState().fsdp_plugin
-    form = str(getattr(plugin, "state_dict_type", "")).rpartition(".")[2]
-    return f"FSDP{version}, {form}" if form else f"FSDP{version}"
+    form = file_form(AcceleratorState())
+    return f"FSDP{version}, {form}" if form not in ("", sharding.NONE) else f"FSDP{version}"
+
+
+def file_form(state: Any) -> str:
+    """The form of the files that Accelerate writes and reads: "SHARDED_STATE_DICT", or
+    "none" without FSDP. ``state`` is an ``AcceleratorState``."""
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is None:
+        return sharding.NONE
+    return str(getattr(plugin, "state_dict_type", "")).rpartition(".")[2]
 
 
 def precision_settings() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ckpt.engine import optimizers, parameters, precision
 from ckpt.engine.remedies import DEFAULT_WAYS, Ways
 from ckpt.resuming.config import config_changes
-from ckpt.resuming.value_text import shown, shown_pair
+from ckpt.resuming.value_text import OTHER_FILES, file_form, shown, shown_pair
 
 Effect = Literal["kept", "yours", "refused", "wrong"]
 Record = Mapping[str, Any]
@@ -179,7 +179,7 @@ def _options(saved: Record, current: Record, request: LoadOptions) -> Iterator[C
             and saved_group[name] != current_group[name]
         ]
         if differing:
-            yield _option(option, differing, len(groups), request)
+            yield _option(option, differing, len(groups), pair[1]["algorithm"], request)
 
 
 def _comes_back(
@@ -197,10 +197,17 @@ def _comes_back(
     return request.optimizer_states and has_same_states
 
 
-def _option(name: str, differing: list[Any], count: int, request: LoadOptions) -> Change:
+def _option(
+    name: str, differing: list[Any], count: int, algorithm: str, request: LoadOptions
+) -> Change:
     index, saved_value, current_value, base = differing[0]
     of_group = "" if len(differing) == count else f" of param group {index}"
     beginning = f" (it began with {shown(base)})" if saved_value != base else ""
+    needs_states = any(optimizers.adds_states(algorithm, name, *row[1:3]) for row in differing)
+    hint = "yours needs states that it lacks"
+    if name in request.override and needs_states:
+        line = f"{shown(current_value)} needs states that it lacks; leave it out of override"
+        return Change(name, "wrong", f"{name}{of_group}: {line}")
     if name in request.override:
         line = (
             f"{name}{of_group}: {shown(current_value)} is used, {shown(saved_value)} of "
@@ -211,8 +218,7 @@ def _option(name: str, differing: list[Any], count: int, request: LoadOptions) -
     line = (
         f"{name}{of_group}: {shown(saved_value)} of the checkpoint is "
         f"used{beginning}, {shown(current_value)} was asked for; "
-        f'override={{"{name}"}} takes yours'
-    )
+    ) + (hint if needs_states else f'override={{"{name}"}} takes yours')
     return Change(name, "kept", line)
 
 
@@ -336,6 +342,8 @@ def _section(
             title = f"offload of {name}" if section == "offload" else name
             saved_text, current_text = shown_pair(saved_value, current[name])
             line = f"{title}: {saved_text} saved, {current_text} now"
+            if name == "sharding" and file_form(saved_value) != file_form(current[name]):
+                effect, line = "wrong", f"{line}; {OTHER_FILES}"
             yield Change(title, effect, line)
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine.layout import Topology
+from ckpt.engine.progress import settings_in
 from ckpt.folders import filenames
 from ckpt.resuming import select
 from ckpt.resuming.request import ResumeRequest
 from ckpt.resuming.resume_point import NO_RANDOM_STATES, RankState, ResumePoint
 from ckpt.resuming.select import VerifyLevel
+from ckpt.resuming.value_text import OTHER_FILES, file_form
 from ckpt.runs.foreign.completeness import has_tag
 from ckpt.runs.run import RunCheckpoint, open_checkpoint
 from converters.errors import CheckpointError
@@ -71,6 +73,18 @@ def require_plain(folder: Path) -> None:
             f"{folder} was saved with DeepSpeed, this training has none: its optimizer and random "
             "states are not loaded; give it DeepSpeed again, or name another checkpoint",
             "unsupported",
+        )
+
+
+def require_same_files(folder: Path, form: str) -> None:
+    """``CheckpointError`` for a committed checkpoint whose files have another form than
+    those that this training reads: ``SHARDED_STATE_DICT``, ``FULL_STATE_DICT`` or ``none``."""
+    manifest = open_checkpoint(folder).manifest if folder.is_dir() else None
+    settings = settings_in((manifest and manifest.progress) or {})
+    saved = settings.get("topology", {}).get("sharding")
+    if saved is not None and form and file_form(saved) != form:
+        raise CheckpointError(
+            f"{folder}: sharding: {saved} saved, {form} now; {OTHER_FILES}", "refused"
         )
 
 

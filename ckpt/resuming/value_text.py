@@ -6,6 +6,12 @@ from typing import Any
 
 CELL = 24  # characters of a value in a table
 LINE = 100  # and in a sentence
+OTHER_FILES = "neither reads the files of the other: give it what it was saved with"
+
+
+def file_form(sharding: str) -> str:
+    """The form of the files that FSDP of either version, or another training, writes."""
+    return sharding.rpartition(", ")[2]
 
 
 def shown(value: Any, max_characters: int = LINE) -> str:

@@ -146,8 +146,12 @@ def trainers_best(newest_first: Iterable[Path]) -> str | None:
         return None
     try:
         with open_files.opened(path) as file:
-            state = bounded_json.loads(read_exactly(file, 0, file.size), infinite=True)
-    except (OSError, ValueError, CheckpointError):
+            content = read_exactly(file, 0, file.size)
+    except (OSError, CheckpointError):
+        return None
+    try:
+        state = bounded_json.loads(content, infinite=True)
+    except ValueError:
         return None
 
     best_folder = state.get("best_model_checkpoint") if isinstance(state, dict) else None

@@ -77,6 +77,30 @@ def differing(now: dict[str, Any], **request: Any) -> list[Change]:
     return changes(saved, here, LoadOptions(**request))
 
 
+def _require_states_of_options() -> None:
+    """An option that would need states that the checkpoint has not is not advised, nor taken."""
+    saved, now = (
+        {"optimizer": {"class": kind, "algorithm": kind, "groups": [{name: value}]}}
+        for kind, name, value in (("AdamW", "amsgrad", False), ("AdamW", "amsgrad", True))
+    )
+    (kept,) = changes(saved, now, LoadOptions())
+    assert (kept.effect, "override" in kept.line) == ("kept", False)
+    assert "yours needs states that it lacks" in kept.line
+    (wrong,) = changes(saved, now, LoadOptions(override=frozenset({"amsgrad"})))
+    assert (wrong.effect, wrong.name) == ("wrong", "amsgrad")
+    (yours,) = changes(now, saved, LoadOptions(override=frozenset({"amsgrad"})))
+    assert yours.effect == "yours"  # it has more states then
+
+
+def test_files_that_no_load_reads_are_refused_whatever_was_asked() -> None:
+    effects = []
+    for now in ("none", "FSDP2, FULL_STATE_DICT", "FSDP1, SHARDED_STATE_DICT"):
+        saved = {"topology": {"sharding": "FSDP2, SHARDED_STATE_DICT"}}
+        (change,) = changes(saved, {"topology": {"sharding": now}}, LoadOptions())
+        effects.append((change.effect, "neither reads the files" in change.line))
+    assert effects == [("wrong", True), ("wrong", True), ("refused", False)]
+
+
 def test_each_setting_that_differs_has_its_effect_and_its_sentence() -> None:
     assert differing({}) == []
     qk = [Parameter(f"layers.{i}.{n}.A", (4, 16)) for i in (0, 1) for n in ("q", "k")]
@@ -104,6 +128,7 @@ def test_each_setting_that_differs_has_its_effect_and_its_sentence() -> None:
     assert [change.effect for change in found] == ["yours", "yours"]
     assert found[0].line == "lr: 0.0005 is used, 6.7e-05 of the checkpoint is not"
     assert differing(asked, optimizer_states=False, scheduler_states=False) == []
+    _require_states_of_options()
 
     batch = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "micro_steps": 2}
     fewer = differing({"batch": batch, "topology": {"world_size": 1, "zero_stage": 2}})

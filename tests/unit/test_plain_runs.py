@@ -17,6 +17,7 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Run, open_checkpoint
 from ckpt.runs.verify import verify
 from converters.detect import detect
+from converters.errors import CheckpointError
 
 SAVED = Manifest(
     step=2, tag=None, tier="full", save="ab" * 16, created=1.0, stage=None, world_size=1, name=None
@@ -60,3 +61,18 @@ def test_a_resume_needs_the_weights(checkpoint: Path, name: str, is_committed: b
     """With DeepSpeed's files beside them, nobody needs them."""
     (checkpoint / name).unlink()
     assert open_checkpoint(checkpoint).committed is is_committed
+
+
+def test_files_of_another_form_are_refused_before_they_are_loaded(checkpoint: Path) -> None:
+    """The Trainer would end in an error of its own about a file that is not there."""
+    from ckpt.resuming import plain
+
+    plain.require_same_files(checkpoint, "SHARDED_STATE_DICT")  # an older one notes nothing
+    topology = {"world_size": 1, "sharding": "FSDP2, SHARDED_STATE_DICT"}
+    progress = {"settings": {"topology": topology}}
+    content = replace(manifest.read(checkpoint), progress=progress).dumps()
+    (checkpoint / filenames.MANIFEST).write_bytes(content)
+    plain.require_same_files(checkpoint, "SHARDED_STATE_DICT")
+    for form in ("none", "FULL_STATE_DICT"):
+        with pytest.raises(CheckpointError, match=f"SHARDED_STATE_DICT saved, {form} now"):
+            plain.require_same_files(checkpoint, form)

@@ -15,6 +15,7 @@ from converters.errors import CheckpointError
 torch: Any = LateModule("torch")
 ckpt: Any = LateModule("ckpt")
 dcp: Any = LateModule("torch.distributed.checkpoint")
+inventory: Any = LateModule("ckpt.engine.inventory")
 state_dicts: Any = LateModule("torch.distributed.checkpoint.state_dict")
 
 EXTRA: tuple[Any, ...] = (
@@ -198,3 +199,23 @@ def test_other_groups_are_an_error_that_says_what_differs(case: str, tmp_path: P
     save(tmp_path, model, then)
     with pytest.raises(CheckpointError, match=words):
         ckpt.resume(model=model, optimizer=now, run=tmp_path, on_mismatch="warn")
+
+
+def test_a_sharded_model_is_called_by_its_own_class() -> None:
+    class Config:
+        architectures: list[str] | None = None
+
+        def save_pretrained(self, folder: Path) -> None: ...
+        def to_dict(self) -> dict[str, Any]:
+            return {}
+
+    from torch.distributed.fsdp import FSDPModule
+
+    class Tiny(torch.nn.Linear):  # type: ignore[misc, name-defined]
+        config = Config()
+
+    model = Tiny(2, 2)
+    model.__class__ = type("FSDPTiny", (FSDPModule, Tiny), {})  # as fully_shard does
+    for names, expected in ((None, "Tiny"), (["FSDPTiny"], "Tiny"), (["Another"], "Another")):
+        Tiny.config.architectures = names
+        assert inventory.config_of(model).architectures == [expected]

@@ -26,6 +26,7 @@ from ckpt.engine.layout import Layout
 from ckpt.engine.placeholders import is_partitioned
 from ckpt.engine.settings import Loop
 from ckpt.engine.view import EngineView, is_engine
+from ckpt.plain_torch import accelerated
 from ckpt.resuming import configured, plain, select, topology
 from ckpt.resuming.continuity import OnMismatch
 from ckpt.resuming.topology import Reshard
@@ -135,7 +136,9 @@ class MappedCheckpoints(Trainer):
         ranks = RankGroup("train", self.timeout)
         if not self.is_deepspeed_enabled:
             with ranks.step():
-                plain.require_plain(Path(checkpoint).absolute())
+                folder = Path(checkpoint).absolute()
+                plain.require_plain(folder)
+                plain.require_same_files(folder, accelerated.file_form(self.accelerator.state))
             return str(checkpoint)
 
         config = self.accelerator.state.deepspeed_plugin.deepspeed_config

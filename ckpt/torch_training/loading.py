@@ -78,7 +78,7 @@ def require_fit(
         name = training.name_of(key)
         if name in states.entries:
             computed[key] = states.nest(name, states.entries[name])
-        elif value != {}:  # which torch does not save
+        elif not isinstance(value, dict) or value:  # torch does not save an empty one
             missing.append(name)
 
     names = {name for target in entries.targets for name in target.names}
@@ -189,7 +189,8 @@ def _options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, An
         current = options.get(key)
         if isinstance(current, torch.Tensor) and isinstance(value, (int, float)):
             value = torch.full_like(current, value)
-        options[key] = value
+        if key != "param_names" or key not in options:  # they stand in the order of here
+            options[key] = value
     return options
 
 

@@ -79,7 +79,7 @@ def test_verify_reads_what_items_unpack_to(folder: Path) -> None:
     command = ["verify", str(folder), "--data"]
     result = CliRunner().invoke(cli, command)
     assert result.exit_code == 0, result.output
-    assert "have no checksum, which a manifest would add: .metadata\n" in result.output  # and nothing else
+    assert "have no checksum, which a manifest would add: .metadata\n" in result.output
 
     path = folder / "__0_0.distcp"
     data = bytearray(path.read_bytes())

@@ -150,15 +150,23 @@ def _of_expert_stages(
     source: ExpertsCheckpoint, world_size: int, settings: Settings, pp: str
 ) -> TargetTopology:
     """The same of a pipeline with experts, whose stages have no tensor-parallel ranks."""
-    is_number = example_stages.count_in(pp) is not None
-    stages = stage_layers.for_experts(source, () if is_number else stage_layers.parse(pp))
-    if settings.tp not in (None, 1) or world_size % len(stages):
+    if settings.tp not in (None, 1):
         raise CheckpointError(
-            f"{source.place.folder} is not written for {words.counted(len(stages), 'stage')} among "
-            f"{words.counted(world_size, 'rank')} so; the stages of {PP} have as many ranks each, "
-            f"and with experts no {TP}; name another {WORLD_SIZE}",
+            f"{source.place.folder} has experts, which are written for the stages of {PP} alone, "
+            f"not with {TP}; leave one of them out",
             "refused",
         )
+
+    is_number = example_stages.count_in(pp) is not None
+    stages = stage_layers.for_experts(source, () if is_number else stage_layers.parse(pp))
+    if world_size % len(stages):
+        raise CheckpointError(
+            f"{source.place.folder} is not written for {words.counted(len(stages), 'stage')} among "
+            f"{words.counted(world_size, 'rank')}: each stage of {PP} has as many ranks; name "
+            f"another {WORLD_SIZE}",
+            "refused",
+        )
+
     stage = settings.stage if settings.stage is not None else max(source.stage, 1)
     target = native.target(source, stage, world_size // len(stages))
     target = replace(target, stages=stages, expert_ranks=_expert_ranks(source, settings.ep))

@@ -64,7 +64,7 @@ COMMANDS = {
         "converters.zero.native.optimizer_files._base_state",
     ),
     "verify": (("verify", "COMMITTED"), "ckpt.runs.fields.require_kinds"),
-    "verify: files": (("verify", "COMMITTED"), "ckpt.runs.manifest.unlike"),
+    "verify: files": (("verify", "COMMITTED"), "ckpt.runs.manifest.is_of_size"),
     "verify: without ckpt": (("verify", STAGE_2), "converters.torch_files.views._runs"),
 }
 

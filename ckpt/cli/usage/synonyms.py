@@ -31,7 +31,7 @@ SYNONYMS = {
     "doctor --fix": ("fix", "repair", "recover", "mend"),
     "doctor --adopt": ("adopt", "commit"),
     "slim": ("shrink", "compact", "strip"),
-    "collect": ("join", "combine"),
+    "collect": ("combine",),
     "push": ("upload", "publish", "share"),
     "pull": ("download", "fetch", "clone", "get"),
     "--help": ("help",),

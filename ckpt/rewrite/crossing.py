@@ -18,11 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ckpt.folders import locks, staging
 from ckpt.rewrite import output_folder, records, state_work
 from ckpt.rewrite.result import RewriteChecks, RewriteResult
 from ckpt.runs.ancestry import Ancestry
-from ckpt.shares import moving
 from ckpt.weights.arguments import naming_arguments
 from converters.plan import Plan
 from converters.source import Source
@@ -112,17 +110,12 @@ def execute(
     Arguments and errors as ``ckpt.rewrite.job.execute`` has them.
     """
     work = state_work.work_of(crossing, verify, overwrite)
-    with staging.as_output_error(crossing.output), locks.reading(crossing.folder):
-        if verify and share_count is None:
-            state_work.require_same_replicas(crossing.source)
-
-        with moving.moved(work, workers=workers, progress=progress, share_count=share_count) as (
-            staged_folder,
-            report,
-        ):
-            checks = _prove(crossing, staged_folder)
-            read_back_bytes = _read_back(crossing, staged_folder) if read_back else 0
-            _complete(crossing, staged_folder)
+    with state_work.moved(
+        crossing, work, workers=workers, progress=progress, share_count=share_count
+    ) as (staged_folder, report):
+        checks = _prove(crossing, staged_folder)
+        read_back_bytes = _read_back(crossing, staged_folder) if read_back else 0
+        _complete(crossing, staged_folder)
 
     checks = replace(
         checks,

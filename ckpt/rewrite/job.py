@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import results
-from ckpt.folders import filenames, locks, staging
+from ckpt.folders import filenames
 from ckpt.rewrite import output_folder, records, state_work
 from ckpt.rewrite.result import RewriteChecks, RewriteResult
 from ckpt.runs.ancestry import Ancestry
 from ckpt.runs.manifest import Manifest
-from ckpt.shares import moving
 from ckpt.weights.arguments import naming_arguments
 from ckpt.weights.companions import model_folder
 from converters.lazy_pattern import LazyPattern
@@ -200,17 +199,12 @@ def execute(
     ``CheckpointError`` if something is wrong; then nothing is left that looks finished.
     """
     work = state_work.work_of(rewriting, verify, overwrite)
-    with staging.as_output_error(rewriting.output), locks.reading(rewriting.folder):
-        if verify and share_count is None:
-            state_work.require_same_replicas(rewriting.source)
-
-        with moving.moved(work, workers=workers, progress=progress, share_count=share_count) as (
-            staged_folder,
-            report,
-        ):
-            counts = prove(rewriting, staged_folder)
-            read_back_bytes = retrace.read_back(work.plan, staged_folder) if read_back else 0
-            _complete(rewriting, staged_folder)
+    with state_work.moved(
+        rewriting, work, workers=workers, progress=progress, share_count=share_count
+    ) as (staged_folder, report):
+        counts = prove(rewriting, staged_folder)
+        read_back_bytes = retrace.read_back(work.plan, staged_folder) if read_back else 0
+        _complete(rewriting, staged_folder)
 
     checks = RewriteChecks(
         parameter_tensors=counts["parameters"],

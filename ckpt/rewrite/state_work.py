@@ -3,8 +3,10 @@ several."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt.folders import locks, staging
@@ -13,7 +15,7 @@ from ckpt.rewrite.output_folder import PlannedOutput
 from ckpt.shares import moving
 from ckpt.shares.division import Divisible
 from converters.execute import replicas
-from converters.execute.shards import CheckOptions
+from converters.execute.shards import CheckOptions, MoveReport
 from converters.source import Source
 from converters.zero.merging.checkpoint import MergedCheckpoint
 
@@ -38,6 +40,28 @@ def work_of(planned: PlannedOutput, verify: bool, overwrite: bool) -> moving.Wor
         checks=checks,
         has_small_files=planned.has_small_files,
     )
+
+
+@contextmanager
+def moved(
+    planned: PlannedOutput,
+    work: moving.Work,
+    *,
+    workers: int | None,
+    progress: moving.Progress,
+    share_count: int | None,
+) -> Iterator[tuple[Path, MoveReport]]:
+    """The staging folder with all bytes of the states, and what was seen of them.
+
+    At the end of the block the folder becomes the output, unless something fails there.
+    """
+    with staging.as_output_error(planned.output), locks.reading(planned.folder):
+        if work.checks.verify and share_count is None:  # the shares have compared them
+            require_same_replicas(planned.source)
+        with moving.moved(
+            work, workers=workers, progress=progress, share_count=share_count
+        ) as staged:
+            yield staged
 
 
 def write_share(

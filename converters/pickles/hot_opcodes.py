@@ -35,9 +35,12 @@ _BUILD, _MEMOIZE = b"b"[0], b"\x94"[0]
 Operation = Callable[[Machine, int], int]
 
 
-def _none(machine: Machine, position: int) -> int:
-    machine.stack.append(None)
-    return position
+def _constant(value: object) -> Operation:
+    def operation(machine: Machine, position: int) -> int:
+        machine.stack.append(value)
+        return position
+
+    return operation
 
 
 def _u16(machine: Machine, position: int) -> int:
@@ -68,11 +71,6 @@ def _text(machine: Machine, position: int) -> int:
     return machine.position
 
 
-def _true(machine: Machine, position: int) -> int:
-    machine.stack.append(True)
-    return position
-
-
 def _push_top(machine: Machine, position: int) -> int:
     stack = machine.stack
     if not stack:
@@ -89,29 +87,22 @@ def _list(machine: Machine, position: int) -> int:
     return position
 
 
-def _false(machine: Machine, position: int) -> int:
-    machine.stack.append(False)
-    return position
-
-
 def _put(machine: Machine, position: int) -> int:
-    index = machine.data[position]
-    machine.position = position + 1
-    if index < len(machine.requested) and not machine.requested[index]:
-        machine.puts += 1
-    else:
-        machine.put(index)
-    return position + 1
+    return _put_at(machine, machine.data[position], position + 1)
 
 
 def _long_put(machine: Machine, position: int) -> int:
-    index = _U32(machine.data, position)[0]
-    machine.position = position + 4
+    return _put_at(machine, _U32(machine.data, position)[0], position + 4)
+
+
+def _put_at(machine: Machine, index: int, position: int) -> int:
+    """Puts the value on top into the memo, if anything asks for it; few entries are."""
+    machine.position = position
     if index < len(machine.requested) and not machine.requested[index]:
         machine.puts += 1
     else:
         machine.put(index)
-    return position + 4
+    return position
 
 
 def _tuple_since_mark(machine: Machine, position: int) -> int:
@@ -244,9 +235,9 @@ def _set_items(machine: Machine, position: int) -> int:
 
 
 _OPERATIONS: dict[bytes, Operation] = {
-    b"N": _none,
-    b"\x88": _true,
-    b"\x89": _false,
+    b"N": _constant(None),
+    b"\x88": _constant(True),
+    b"\x89": _constant(False),
     b"2": _push_top,
     b"]": _list,
     b"X": _text,
